@@ -1,0 +1,225 @@
+"""Activation frames: what one stage publishes for the next.
+
+    ┌──────────────┬─────────────────────┬──────────────┬────────────┬─────────┬────────────────────┐
+    │ header 40 B  │ entries 20 B each   │ new KV blocks│ extra JSON │ padding │ hidden states T×H  │
+    └──────────────┴─────────────────────┴──────────────┴────────────┴─────────┴────────────────────┘
+
+Little-endian. The entries say which sequences the T rows belong to, in order; each names the KV blocks that
+its sequence gets with this step (u32 each). `extra` carries what only some steps need: sequences that open
+(with their options), sequences to forget, trace context. A stage between head and tail passes everything but
+the hidden states on as it came. Padding aligns the tensor to 16 bytes within the frame.
+
+Nothing here runs code that a peer sent. Whatever does not parse, in any byte, is a `ProtocolError`.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Annotated
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from molink_common import PROTOCOL_VERSION
+from molink_common.errors import ProtocolError
+from molink_common.messages import Dtype, SequenceIdField, TokenIds
+from molink_common.sampling import SamplingOptions
+
+_MAGIC = b"ML"
+_HEADER = struct.Struct("<2sBBBBHIIQHHIII")
+_ENTRY = struct.Struct("<QIIBBH")
+_ALIGNMENT = 16
+_DTYPES = (Dtype.FLOAT32, Dtype.BFLOAT16, Dtype.FLOAT16)
+HEADER_BYTES = _HEADER.size
+MAX_ENTRIES = 0xFFFF
+MAX_STEP_TOKENS = 1 << 20
+
+
+class Logits(IntEnum):
+    """For which of an entry's tokens the tail computes logits."""
+
+    NONE = 0
+    LAST = 1
+    ALL = 2
+
+
+class Codec(IntEnum):
+    """How the hidden states are encoded."""
+
+    RAW = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """`count` tokens of one sequence from position `start` on, in one step."""
+
+    sequence: int
+    start: int
+    count: int
+    opens: bool = False
+    """The sequence begins (again): forget its block table."""
+    logits: Logits = Logits.NONE
+    new_blocks: tuple[int, ...] = ()
+
+
+class Opening(BaseModel):
+    """What the tail must know of a sequence that opens: prompt and tokens so far, and how to sample."""
+
+    model_config = ConfigDict(frozen=True)
+    sequence: SequenceIdField
+    prompt: TokenIds
+    generated: TokenIds = ()
+    options: SamplingOptions
+
+
+class Extra(BaseModel):
+    """The part of a frame that only some steps need."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+    opens: tuple[Opening, ...] = ()
+    closes: tuple[SequenceIdField, ...] = ()
+    """Finished, cancelled or preempted: every stage forgets them before it runs the step's entries."""
+    traces: Annotated[dict[SequenceIdField, str], Field(max_length=MAX_ENTRIES)] = {}
+    """W3C ``traceparent`` of the sequences that are sampled for tracing."""
+
+    def encode(self) -> bytes:
+        """JSON, or nothing when there is nothing to say."""
+        if not (self.opens or self.closes or self.traces):
+            return b""
+        return orjson.dumps(self.model_dump(), option=orjson.OPT_NON_STR_KEYS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepFrame:
+    """One step of one micro-batch on its way through a pipeline."""
+
+    pipeline: int
+    epoch: int
+    step: int
+    entries: tuple[Entry, ...]
+    extra: bytes
+    """Encoded `Extra`; decode with `decode_extra`. Kept as bytes so that a middle stage only copies it."""
+    hidden_size: int
+    dtype: Dtype
+    hidden: memoryview
+    """T × hidden_size scalars, row by row. One-dimensional, format ``B``."""
+    codec: Codec = Codec.RAW
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the rows of the hidden states."""
+        return sum(entry.count for entry in self.entries)
+
+
+def decode_extra(data: bytes | memoryview) -> Extra:
+    """The inverse of `Extra.encode`.
+
+    Raises:
+        ProtocolError: it does not parse.
+    """
+    if len(data) == 0:
+        return Extra()
+    try:
+        return Extra.model_validate(orjson.loads(data))
+    except (orjson.JSONDecodeError, ValidationError) as error:
+        raise ProtocolError(f"a frame's extra part does not parse: {error}") from error
+
+
+def encode_frame(frame: StepFrame) -> bytearray:
+    """The frame as one buffer, ready to publish.
+
+    Raises:
+        ValueError: the hidden states are not `num_tokens × hidden_size` scalars (our own mistake).
+    """
+    num_tokens = frame.num_tokens
+    if frame.codec is Codec.RAW and len(frame.hidden) != num_tokens * frame.hidden_size * frame.dtype.size_bytes:
+        raise ValueError(f"{len(frame.hidden)} bytes for {num_tokens} tokens of {frame.hidden_size} {frame.dtype}")
+    num_blocks = sum(len(entry.new_blocks) for entry in frame.entries)
+    tensor_at = _tensor_offset(len(frame.entries), num_blocks, len(frame.extra))
+    out = bytearray(tensor_at + len(frame.hidden))
+    _HEADER.pack_into(
+        out, 0, _MAGIC, PROTOCOL_VERSION, 0, _DTYPES.index(frame.dtype), frame.codec, 0,
+        frame.pipeline, frame.epoch, frame.step, len(frame.entries), 0, num_blocks, len(frame.extra), frame.hidden_size,
+    )  # fmt: skip
+    at = HEADER_BYTES
+    for entry in frame.entries:
+        flags = (1 if entry.opens else 0) | (entry.logits << 1)
+        _ENTRY.pack_into(out, at, entry.sequence, entry.start, entry.count, flags, 0, len(entry.new_blocks))
+        at += _ENTRY.size
+    blocks = [block for entry in frame.entries for block in entry.new_blocks]
+    struct.pack_into(f"<{num_blocks}I", out, at, *blocks)
+    at += 4 * num_blocks
+    out[at : at + len(frame.extra)] = frame.extra
+    out[tensor_at:] = frame.hidden
+    return out
+
+
+def decode_frame(data: bytes | bytearray | memoryview) -> StepFrame:
+    """The frame in `data`; `hidden` is a view of it, not a copy.
+
+    Raises:
+        ProtocolError: anything about it is not a frame of this version.
+    """
+    view = memoryview(data)
+    if len(view) < HEADER_BYTES:
+        raise ProtocolError(f"a frame of {len(view)} bytes is shorter than its header")
+    (magic, version, kind, dtype_code, codec, flags, pipeline, epoch, step, num_entries, reserved, num_blocks,
+     extra_bytes, hidden_size) = _HEADER.unpack_from(view)  # fmt: skip
+    if magic != _MAGIC:
+        raise ProtocolError("not a MoLink frame")
+    if version != PROTOCOL_VERSION:
+        raise ProtocolError(f"frame version {version}, this side speaks {PROTOCOL_VERSION}")
+    if kind != 0 or flags != 0 or reserved != 0 or codec != Codec.RAW or dtype_code >= len(_DTYPES):
+        raise ProtocolError("a frame with a kind, flag, codec or dtype that this version does not know")
+    tensor_at = _tensor_offset(num_entries, num_blocks, extra_bytes)
+    if tensor_at > len(view):
+        raise ProtocolError(f"a frame of {len(view)} bytes whose tables alone need {tensor_at}")
+    entries = _decode_entries(view, num_entries, num_blocks)
+    num_tokens = sum(entry.count for entry in entries)
+    dtype = _DTYPES[dtype_code]
+    expected = num_tokens * hidden_size * dtype.size_bytes
+    if num_tokens > MAX_STEP_TOKENS or len(view) - tensor_at != expected:
+        raise ProtocolError(f"a frame with {len(view) - tensor_at} tensor bytes where {expected} belong")
+    extra_at = HEADER_BYTES + _ENTRY.size * num_entries + 4 * num_blocks
+    return StepFrame(
+        pipeline=pipeline,
+        epoch=epoch,
+        step=step,
+        entries=entries,
+        extra=bytes(view[extra_at : extra_at + extra_bytes]),
+        hidden_size=hidden_size,
+        dtype=dtype,
+        hidden=view[tensor_at:].cast("B"),
+    )
+
+
+def _tensor_offset(num_entries: int, num_blocks: int, extra_bytes: int) -> int:
+    end = HEADER_BYTES + _ENTRY.size * num_entries + 4 * num_blocks + extra_bytes
+    return -(-end // _ALIGNMENT) * _ALIGNMENT
+
+
+def _decode_entries(view: memoryview, num_entries: int, num_blocks: int) -> tuple[Entry, ...]:
+    blocks = struct.unpack_from(f"<{num_blocks}I", view, HEADER_BYTES + _ENTRY.size * num_entries)
+    entries: list[Entry] = []
+    block_at = 0
+    for index in range(num_entries):
+        sequence, start, count, flags, reserved, taken = _ENTRY.unpack_from(view, HEADER_BYTES + _ENTRY.size * index)
+        logits = flags >> 1
+        if count == 0 or reserved != 0 or logits > Logits.ALL or block_at + taken > num_blocks:
+            raise ProtocolError(f"entry {index} of a frame is not valid")
+        entries.append(
+            Entry(
+                sequence=sequence,
+                start=start,
+                count=count,
+                opens=bool(flags & 1),
+                logits=Logits(logits),
+                new_blocks=blocks[block_at : block_at + taken],
+            )
+        )
+        block_at += taken
+    if block_at != num_blocks:
+        raise ProtocolError("a frame with KV blocks that no entry takes")
+    return tuple(entries)
