@@ -1,0 +1,1 @@
+"""The engine: some layers of a model, their KV blocks, and one call that runs a step through them."""
