@@ -7,6 +7,7 @@ peer may add some; an unknown type, a wrong version or a wrong value is a `Proto
 
 from __future__ import annotations
 
+import base64
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -43,7 +44,7 @@ def encode(message: Message) -> bytes:
 
 def _encode_rest(value: object) -> str:
     if isinstance(value, bytes):
-        return value.decode("ascii")
+        return value.decode("ascii")  # pydantic has made it base64 already
     raise TypeError(f"{type(value).__name__} cannot stand in a message")
 
 
@@ -426,6 +427,11 @@ class FileChunk(Message):
 
     TYPE = "file_chunk"
     data: Base64Bytes
+
+    @classmethod
+    def holding(cls, raw: bytes) -> FileChunk:
+        """A chunk that carries `raw`."""
+        return cls(data=base64.b64encode(raw))
 
 
 # --- the state of everything -------------------------------------------------------------------------------
