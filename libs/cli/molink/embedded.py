@@ -12,6 +12,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,6 +106,28 @@ def _find(candidates: list[Path], names: list[str], fix: str) -> Path:
     raise ServerNotFound(f"no {' or '.join(names)} found: {fix}")
 
 
+def nats_command(folder: Path, port: int) -> tuple[str, ...]:
+    """How to start nats-server with MoLink's limits; writes its configuration into `folder`.
+
+    Raises:
+        ServerNotFound
+    """
+    server = find_nats_server()
+    config = folder / "nats.conf"
+    config.write_text(_NATS_CONFIG.format(port=port, max_payload=NATS_MAX_PAYLOAD_BYTES))
+    return (str(server), "-c", str(config))
+
+
+def redis_command(folder: Path, port: int) -> tuple[str, ...]:
+    """How to start a Redis-protocol server without persistence, working in `folder`.
+
+    Raises:
+        ServerNotFound
+    """
+    address = ("--port", str(port), "--bind", "127.0.0.1")
+    return (str(find_redis_server()), *address, "--save", "", "--appendonly", "no", "--dir", str(folder))
+
+
 def start_nats(folder: Path, port: int | None = None, *, own_group: bool = False) -> EmbeddedServer:
     """nats-server with MoLink's limits; its configuration and log lie in `folder`.
 
@@ -112,9 +135,7 @@ def start_nats(folder: Path, port: int | None = None, *, own_group: bool = False
         ServerNotFound, ServerDidNotStart
     """
     chosen = port or free_port()
-    config = folder / "nats.conf"
-    config.write_text(_NATS_CONFIG.format(port=chosen, max_payload=NATS_MAX_PAYLOAD_BYTES))
-    command = [str(find_nats_server()), "-c", str(config)]
+    command = nats_command(folder, chosen)
     return _start("nats", command, f"nats://127.0.0.1:{chosen}", chosen, folder / "nats.log", own_group)
 
 
@@ -125,12 +146,11 @@ def start_redis(folder: Path, port: int | None = None, *, own_group: bool = Fals
         ServerNotFound, ServerDidNotStart
     """
     chosen = port or free_port()
-    command = [str(find_redis_server()), "--port", str(chosen), "--bind", "127.0.0.1"]
-    command += ["--save", "", "--appendonly", "no", "--dir", str(folder)]
+    command = redis_command(folder, chosen)
     return _start("redis", command, f"redis://127.0.0.1:{chosen}/0", chosen, folder / "redis.log", own_group)
 
 
-def _start(name: str, command: list[str], url: str, port: int, log: Path, own_group: bool) -> EmbeddedServer:
+def _start(name: str, command: Sequence[str], url: str, port: int, log: Path, own_group: bool) -> EmbeddedServer:
     if is_listening(port):
         raise ServerDidNotStart(f"{name}: port {port} is taken by another program")
     with log.open("wb") as out:
