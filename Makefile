@@ -1,0 +1,58 @@
+# Every target sets up what it needs. Variables: PYTHON (3.11 to 3.13), VENV, ARGS (flags for `up` and `bench`),
+# TORCH_ARGS (flags for pip when it fetches torch, e.g. --index-url https://download.pytorch.org/whl/cpu).
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH := $(shell grep '^torch==' constraints.txt)
+ARGS ?=
+TORCH_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help up down test lint check bench clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+up: $(VENV)/.has-all ## start the whole system on this machine; ARGS="--port 8100 --workers 3"
+	@exec $(BIN)/molink up $(ARGS)
+
+down: ## stop what `make up` started; ARGS="--port 8100"
+	@test ! -x $(BIN)/molink || exec $(BIN)/molink down $(ARGS)
+
+test: $(VENV)/.has-dev ## run every test; ARGS="tests/unit -k lock"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.has-dev ## ruff, mypy --strict, and who may import whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: test lint ## what CI runs
+
+bench: $(VENV)/.has-dev ## tokens a second next to plain transformers
+	$(BIN)/python -m bench.throughput $(ARGS)
+
+clean: ## remove the virtual environment and every cache in this folder
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "MoLink needs Python 3.11, 3.12 or 3.13: make PYTHON=/path/to/python3"; exit 1; }
+	@echo "setting up $(VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV) || { echo "python3 -m venv failed; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+
+# torch first and by itself: what is installed afterwards then takes it as it is
+$(VENV)/.has-torch: $(BIN)/python
+	$(BIN)/python -m pip install --quiet $(TORCH_ARGS) $(TORCH)
+	@touch $@
+
+$(VENV)/.has-all: $(VENV)/.has-torch pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all]"
+	@touch $@
+
+$(VENV)/.has-dev: $(VENV)/.has-torch pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@ $(VENV)/.has-all
