@@ -24,7 +24,24 @@ ENVIRONMENT_PREFIX = "MOLINK_"
 
 #: Variables that belong to some part of MoLink. A service ignores those of the others, so that one
 #: environment file serves all; whatever is in none of them is a typing error.
-KNOWN_VARIABLES: set[str] = {"MOLINK_CACHE", "MOLINK_PIP"}
+KNOWN_VARIABLES: set[str] = {
+    "MOLINK_CACHE",
+    "MOLINK_PIP",
+    # the scheduler
+    "MOLINK_REDIS_URL",
+    "MOLINK_REDIS_CONNECT_TIMEOUT_S",
+    "MOLINK_MODEL",
+    "MOLINK_STAGES",
+    "MOLINK_DTYPE",
+    "MOLINK_MAX_SEQUENCES",
+    "MOLINK_KV_TOKENS",
+    "MOLINK_MIN_KV_TOKENS",
+    "MOLINK_BLOCK_SIZE",
+    "MOLINK_STAGE_OVERHEAD_BYTES",
+    "MOLINK_SETTLE_S",
+    "MOLINK_PIPELINE_WAIT_S",
+    "MOLINK_STEPS_UNDER_WAY",
+}
 
 
 class ServiceSettings(BaseModel):
