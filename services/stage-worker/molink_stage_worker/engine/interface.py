@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+
 from molink_common.messages import Dtype
 from molink_common.wire import Entry
 
