@@ -54,7 +54,7 @@ class Leash:
     ) -> None:
         if self._process is not None:
             with contextlib.suppress(OSError):
-                assert self._process.stdin is not None  # noqa: S101  asked for above
+                assert self._process.stdin is not None
                 self._process.stdin.close()
             try:
                 self._process.wait(timeout=5)

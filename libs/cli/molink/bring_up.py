@@ -1,0 +1,235 @@
+"""Brings the whole system up on this machine, step by step, and keeps it up.
+
+Whatever goes wrong on the way, and whenever it is cancelled: the parts that run are stopped in order, the lock
+file is gone, and one error says what was wrong.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from rich.console import Console
+
+from molink import embedded
+from molink.folders import cache_folder, locks_folder, new_run_folder
+from molink.lock import Holder, hold
+from molink.memory import available_bytes, share_for_each, show_size, weight_bytes, what_is_lacking
+from molink.parts import Kind, Part
+from molink.plan import UpOptions, service_parts
+from molink.prepare import prepare_model
+from molink.readiness import hopeless, news, still_missing
+from molink.sample import QUESTION, ask_sample
+from molink.supervisor import Supervisor, supervise
+from molink_common import __version__, messages, subjects
+from molink_common.bus import BusSettings, Incoming, open_bus
+from molink_common.errors import MolinkError, ProtocolError
+from molink_common.messages import ClusterState, Dtype, ModelCard
+
+_GATEWAY_TIMEOUT_S = 30.0
+_LOOK_AGAIN_S = 0.1
+
+
+class DidNotComeUp(MolinkError):
+    """The system is not ready in time, or never will be. The message says what is missing."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far it has come, for the one who handles signals."""
+
+    supervisor: Supervisor | None = None
+    was_ready: bool = False
+
+
+async def bring_up(options: UpOptions, console: Console, progress: Progress) -> int:
+    """Run everything until cancelled; with `exit_after_ready` until the first answer, then the result is 0.
+
+    Raises:
+        MolinkError (alone or in a group): one sentence says why it did not come up, or did not stay up.
+    """
+    cache = cache_folder()
+    with hold(locks_folder(cache), Holder(pid=os.getpid(), port=options.port, url=options.url)):
+        _refuse_taken_port(options)
+        _refuse_missing_servers(options)
+        logs = options.log_folder or new_run_folder(cache, options.port)
+        logs.mkdir(parents=True, exist_ok=True)
+        console.print(f"MoLink {__version__}: {options.model} on {options.workers} workers (logs: {logs})")
+        prepared = await prepare_model(options.model, log=logs / "model.log", environment={}, console=console)
+        memory_bytes = _memory_for_each(options, prepared.card)
+        _say_part(console, "model", _describe(prepared.card))
+        async with supervise(say=lambda line: console.print(line, markup=False)) as supervisor:
+            progress.supervisor = supervisor
+            nats_url, redis_url = await _start_servers(options, supervisor, logs, console)
+            parts = service_parts(
+                options, nats_url=nats_url, redis_url=redis_url, worker_memory_bytes=memory_bytes, logs=logs
+            )
+            for part in parts:
+                await supervisor.start(part)
+            await _until_ready(options, nats_url, console)
+            await _until_gateway_answers(options, console)
+            progress.was_ready = True
+            supervisor.settle()
+            if options.sample:
+                await _show_sample(options, prepared.card, console)
+            if not options.exit_after_ready:
+                _show_use(options, prepared.card, console)
+                await asyncio.Event().wait()
+    return 0
+
+
+def _refuse_taken_port(options: UpOptions) -> None:
+    try:
+        addresses = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = addresses[0]
+        with socket.socket(family, kind, protocol) as probe:
+            # as servers do: a port whose last connections are still fading away is free
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise DidNotComeUp(
+            f"port {options.port} on {options.host} cannot be used ({error.strerror or error}); choose another --port"
+        ) from error
+
+
+def _refuse_missing_servers(options: UpOptions) -> None:
+    if options.nats_url is None:
+        embedded.find_nats_server()
+    if options.redis_url is None:
+        embedded.find_redis_server()
+
+
+def _memory_for_each(options: UpOptions, card: ModelCard) -> int | None:
+    """What each worker is told to use; None lets the worker look at its own device.
+
+    Raises:
+        DidNotComeUp: the weights alone do not fit.
+    """
+    if options.memory_bytes is None and not _computes_on_cpu(options):
+        return None
+    each = options.memory_bytes or share_for_each(available_bytes(), options.workers)
+    dtype = None if options.dtype == "auto" else Dtype(options.dtype)
+    lacking = what_is_lacking(card, dtype, per_worker=each, workers=options.workers)
+    if lacking is not None:
+        raise DidNotComeUp(lacking)
+    return each
+
+
+def _computes_on_cpu(options: UpOptions) -> bool:
+    return options.device == "cpu"
+
+
+async def _start_servers(options: UpOptions, supervisor: Supervisor, logs: Path, console: Console) -> tuple[str, str]:
+    """The addresses of NATS and Redis, our own or those given."""
+    nats_url, redis_url = options.nats_url, options.redis_url
+    if nats_url is None:
+        port = embedded.free_port()
+        command = embedded.nats_command(logs, port)
+        await supervisor.start(Part(name="nats", kind=Kind.NATS, command=command, log=logs / "nats.log", port=port))
+        nats_url = f"nats://127.0.0.1:{port}"
+        _say_part(console, "nats", f"port {port}")
+    if redis_url is None:
+        port = embedded.free_port()
+        command = embedded.redis_command(logs, port)
+        await supervisor.start(Part(name="redis", kind=Kind.REDIS, command=command, log=logs / "redis.log", port=port))
+        redis_url = f"redis://127.0.0.1:{port}/0"
+        _say_part(console, "redis", f"port {port}")
+    return nats_url, redis_url
+
+
+async def _until_ready(options: UpOptions, nats_url: str, console: Console) -> None:
+    """Follow the scheduler's state and say what changes, until a request can be answered.
+
+    Raises:
+        DidNotComeUp: it never will be, or not within `ready_timeout_s`.
+    """
+    states: asyncio.Queue[ClusterState] = asyncio.Queue(maxsize=1)
+    last: ClusterState | None = None
+    said_scheduler = False
+
+    async def take(incoming: Incoming) -> None:
+        try:
+            state = messages.decode(incoming.data, ClusterState)
+        except ProtocolError:
+            return  # a scheduler of another version on a server that is not ours
+        if states.full():
+            states.get_nowait()  # only the newest counts
+        states.put_nowait(state)
+
+    try:
+        async with (
+            asyncio.timeout(options.ready_timeout_s),
+            open_bus(BusSettings(url=nats_url, connect_timeout_s=10), name="molink-up") as bus,
+        ):
+            await bus.subscribe(subjects.STATE, take)
+            while True:
+                state = await states.get()
+                if not said_scheduler:
+                    _say_part(console, "scheduler", "runs")
+                    said_scheduler = True
+                for line in news(last, state):
+                    console.print(f"  {line}", markup=False)
+                last = state
+                if state.ready:
+                    return
+                if (reason := hopeless(state)) is not None:
+                    raise DidNotComeUp(reason)
+    except TimeoutError:
+        missing = still_missing(last, options.workers)
+        raise DidNotComeUp(f"not ready after {options.ready_timeout_s:g} s: {missing}") from None
+
+
+async def _until_gateway_answers(options: UpOptions, console: Console) -> None:
+    """Wait until the gateway says that it can answer: it hears of the pipeline a moment later.
+
+    Raises:
+        DidNotComeUp: it does not within a bounded time.
+    """
+    last = "no answer"
+    try:
+        async with asyncio.timeout(_GATEWAY_TIMEOUT_S), httpx.AsyncClient(timeout=5) as client:
+            while True:
+                try:
+                    answer = await client.get(f"{options.url}/health")
+                    if answer.status_code == httpx.codes.OK:
+                        _say_part(console, "gateway", options.url)
+                        return
+                    last = answer.text[:200]
+                except httpx.TransportError as error:
+                    last = str(error) or type(error).__name__
+                await asyncio.sleep(_LOOK_AGAIN_S)  # HTTP has no way to be told
+    except TimeoutError:
+        raise DidNotComeUp(f"the gateway is not ready after {_GATEWAY_TIMEOUT_S:g} s: {last}") from None
+
+
+async def _show_sample(options: UpOptions, card: ModelCard, console: Console) -> None:
+    console.print(f"\n> {QUESTION}", markup=False)
+    answer = await ask_sample(options.url, card.name, lambda piece: console.print(piece, end="", markup=False))
+    console.print(f"\n  first token after {answer.first_piece_s:.2f} s, then {answer.pieces_per_s:.0f} tokens a second")
+
+
+def _show_use(options: UpOptions, card: ModelCard, console: Console) -> None:
+    name = next(iter(card.aliases), card.name)
+    body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    lines = [
+        "",
+        f"ready: {options.url}/v1   (Ctrl-C stops everything)",
+        f"  curl {options.url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'",
+        f"  python: openai.OpenAI(base_url='{options.url}/v1', api_key='none').chat.completions.create("
+        f"model='{name}', messages=[{{'role': 'user', 'content': 'Hello'}}])",
+        f"  molink chat --url {options.url}/v1",
+    ]
+    console.print("\n".join(lines), markup=False)
+
+
+def _describe(card: ModelCard) -> str:
+    size = weight_bytes(card, Dtype.BFLOAT16)
+    return f"{card.name}, {card.num_layers} layers, {show_size(size)} in bfloat16"
+
+
+def _say_part(console: Console, name: str, what: str) -> None:
+    console.print(f"  {name:10} {what}", markup=False)

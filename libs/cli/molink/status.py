@@ -1,0 +1,113 @@
+"""`molink status`: workers, layer map, KV use and running sequences of a system that runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated
+
+import httpx
+import orjson
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from molink.memory import show_size
+from molink.openai_stream import response_error
+from molink_common.errors import MolinkError
+from molink_common.messages import ClusterState, HeadReport, PipelineState, WorkerState
+
+_TIMEOUT_S = 5.0
+
+
+def status(
+    gateway: Annotated[str, typer.Option(help="Address of a gateway.")] = "http://127.0.0.1:8000",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the state as one JSON object.")] = False,
+    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Key for the gateway.")] = None,
+) -> None:
+    """Show workers and why they have their role, the layer map, KV use and running sequences."""
+    content = fetch(gateway, api_key)
+    if as_json:
+        print(orjson.dumps(orjson.loads(content), option=orjson.OPT_INDENT_2).decode())
+        return
+    try:
+        state = ClusterState.model_validate_json(content)
+    except ValidationError as error:
+        raise MolinkError(f"{gateway} is no gateway of this version: {error.errors()[0]['msg']}") from error
+    show(state, Console())
+
+
+def fetch(gateway: str, api_key: str | None) -> bytes:
+    """The gateway's answer to ``GET /molink/status``.
+
+    Raises:
+        MolinkError: nothing answers, or something else than a gateway does.
+    """
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    try:
+        answer = httpx.get(gateway.rstrip("/") + "/molink/status", headers=headers, timeout=_TIMEOUT_S)
+    except (httpx.TransportError, httpx.InvalidURL) as error:
+        raise MolinkError(
+            f"no gateway answers at {gateway} ({error or type(error).__name__}); start one, or set --gateway"
+        ) from error
+    if answer.status_code != httpx.codes.OK:
+        raise response_error(answer.status_code, answer.content)
+    return answer.content
+
+
+def show(state: ClusterState, console: Console) -> None:
+    """Print the state as tables."""
+    card = state.card
+    model = f"{card.name}, {card.num_layers} layers" if card is not None else "no model yet"
+    ready = "ready" if state.ready else f"not ready: {state.reason}"
+    console.print(f"{model} · {ready} · {state.sequences} of {state.max_sequences} sequences", highlight=False)
+    console.print(_workers_table(state.workers))
+    if state.pipelines:
+        console.print(_pipelines_table(state.pipelines))
+
+
+def _workers_table(workers: tuple[WorkerState, ...]) -> Table:
+    table = Table(title="workers", title_justify="left", expand=False)
+    for column in ("worker", "device", "memory used / offered", "last heard", "role", "why"):
+        table.add_column(column, overflow="fold")
+    for worker in workers:
+        memory = f"{show_size(worker.rss_bytes)} / {show_size(worker.memory_bytes)}"
+        silent = f"{worker.silent_s:.1f} s"
+        table.add_row(worker.worker, worker.device, memory, silent, worker.role, worker.reason)
+    return table
+
+
+def _pipelines_table(pipelines: tuple[PipelineState, ...]) -> Table:
+    table = Table(title="layer map", title_justify="left", expand=False)
+    for column in ("pipeline", "layers", "KV blocks used", "sequences", "steps under way"):
+        table.add_column(column, overflow="fold")
+    for pipeline in pipelines:
+        table.add_row(
+            f"{pipeline.pipeline} (epoch {pipeline.epoch}, {'ready' if pipeline.ready else 'not ready'})",
+            "\n".join(_layer_lines(pipeline)),
+            _kv_use(pipeline.head, pipeline.block_size),
+            _queue(pipeline.head),
+            _under_way(pipeline),
+        )
+    return table
+
+
+def _layer_lines(pipeline: PipelineState) -> Iterator[str]:
+    for worker, (first, last) in zip(pipeline.stages, pipeline.layers, strict=True):
+        yield f"{first} to {last - 1}: {worker}"
+
+
+def _kv_use(head: HeadReport | None, block_size: int) -> str:
+    if head is None or head.num_blocks == 0:
+        return "unknown"
+    used = head.num_blocks - head.free_blocks
+    return f"{used} of {head.num_blocks} ({used / head.num_blocks:.0%}), {block_size} tokens each"
+
+
+def _queue(head: HeadReport | None) -> str:
+    return "unknown" if head is None else f"{head.running} running, {head.waiting} waiting"
+
+
+def _under_way(pipeline: PipelineState) -> str:
+    now = "?" if pipeline.head is None else str(pipeline.head.steps_under_way)
+    return f"{now} of {pipeline.max_steps_under_way}"
