@@ -1,0 +1,148 @@
+"""Decoder layers of the Llama shape with fewer and larger calls.
+
+A layer of transformers is some fifty small calls; for a handful of tokens the calls cost more than the
+arithmetic. `LeanLayer` takes the weights of such a layer and does the same in about fifteen: one projection
+for queries, keys and values, one rotation for queries and keys, activation, factor and residual folded into
+the projections. It stands in the model's own forward where the layer stood, so everything before and after
+(embedding, rotary angles, final norm, output head) stays the model's.
+
+Only layers whose code is known to have this shape are replaced; every other family runs as transformers
+wrote it, with `nn.Linear` exchanged for packed projections where that is known to be safe.
+
+Shapes: T tokens, H hidden size, N query heads, K key heads, D head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import rms_norm
+from transformers import PreTrainedModel
+
+from molink_stage_worker.engine.attention import PagedStep, paged_attention
+from molink_stage_worker.engine.projections import PackedProjection, can_pack, project
+
+_LLAMA_SHAPED = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3"})
+
+
+class _Rotation:
+    """Rotary embedding of queries and keys in one go. Angles are the same for all layers of a step."""
+
+    def __init__(self) -> None:
+        self._angles: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._cos_T1D = torch.empty(0)
+        self._signed_sin_T1D = torch.empty(0)
+
+    def apply(self, x_TND: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """``x * cos + rotate_half(x) * sin``; rotating by half and signing the sine is the same."""
+        if angles is not self._angles:
+            cos_1TD, sin_1TD = angles
+            half = sin_1TD.shape[-1] // 2
+            self._cos_T1D = cos_1TD[0].unsqueeze(1)
+            self._signed_sin_T1D = torch.cat([-sin_1TD[0, :, :half], sin_1TD[0, :, half:]], dim=-1).unsqueeze(1)
+            self._angles = angles
+        half = x_TND.shape[-1] // 2
+        return torch.addcmul(x_TND * self._cos_T1D, torch.roll(x_TND, half, -1), self._signed_sin_T1D)
+
+
+class LeanLayer(nn.Module):
+    """Takes the place of one decoder layer; the original is not kept."""
+
+    def __init__(self, layer: nn.Module, rotation: _Rotation) -> None:
+        super().__init__()
+        attention: Any = layer.self_attn
+        mlp: Any = layer.mlp
+        self.layer_idx = attention.layer_idx
+        self.sliding_window = _sliding_window(attention)
+        self._head_size = attention.head_dim
+        self._scaling = attention.scaling
+        self._num_queries = attention.q_proj.out_features // attention.head_dim
+        self._num_keys = attention.k_proj.out_features // attention.head_dim
+        self._rotation = rotation if getattr(attention, "use_rope", True) else None
+        self.input_norm = layer.input_layernorm
+        self.post_attention_norm = layer.post_attention_layernorm
+        self.query_norm = getattr(attention, "q_norm", None)
+        self.key_norm = getattr(attention, "k_norm", None)
+        self.query_key_value = project(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.output = project(attention.o_proj)
+        self.gate = project(mlp.gate_proj)
+        self.up = project(mlp.up_proj)
+        self.down = project(mlp.down_proj)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        *,
+        paged: PagedStep,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        **_: Any,
+    ) -> torch.Tensor:
+        """``[1, T, H]`` to ``[1, T, H]``, as the layer that it replaces."""
+        hidden_TH = hidden_states[0]
+        heads = self._num_queries + self._num_keys
+        projected_T = self.query_key_value(_norm(self.input_norm, hidden_TH))
+        projected_TND = projected_T.view(-1, heads + self._num_keys, self._head_size)
+        rotated_TND = projected_TND[:, :heads]
+        if self.query_norm is not None and self.key_norm is not None:
+            queries = _norm(self.query_norm, rotated_TND[:, : self._num_queries])
+            rotated_TND = torch.cat([queries, _norm(self.key_norm, rotated_TND[:, self._num_queries :])], dim=1)
+        if self._rotation is not None:
+            rotated_TND = self._rotation.apply(rotated_TND, position_embeddings)
+        attended, _weights = paged_attention(
+            self,
+            rotated_TND[:, : self._num_queries].transpose(0, 1).unsqueeze(0),
+            rotated_TND[:, self._num_queries :].transpose(0, 1).unsqueeze(0),
+            projected_TND[:, heads:].transpose(0, 1).unsqueeze(0),
+            None,
+            paged=paged,
+            scaling=self._scaling,
+        )
+        attended_TI = attended.reshape(hidden_TH.shape[0], -1)
+        hidden_TH = self.output.plus(attended_TI, hidden_TH)
+        normed_TH = _norm(self.post_attention_norm, hidden_TH)
+        inner_TI = self.up.times(normed_TH, self.gate.with_silu(normed_TH))
+        return self.down.plus(inner_TI, hidden_TH).unsqueeze(0)
+
+
+def _norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
+    """Root mean square norm over the last dimension, in one call."""
+    return rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
+def _sliding_window(attention: Any) -> int | None:
+    if hasattr(attention, "sliding_window"):
+        window: int | None = attention.sliding_window
+    else:
+        window = attention.config.sliding_window if attention.config.model_type == "mistral" else None
+    return window
+
+
+def make_lean(model: PreTrainedModel) -> int:
+    """Exchange what is known to be exchangeable in a pruned, loaded model; gives the bytes of packed weights.
+
+    `model` is a causal language model of any family. Layers are replaced one by one, so that at most one
+    layer's weights exist twice at a time.
+    """
+    config: Any = model.config
+    if _is_llama_shaped(config):
+        rotation = _Rotation()
+        layers: Any = model.model.layers
+        for index, layer in enumerate(layers):
+            if hasattr(layer, "self_attn"):
+                layers[index] = LeanLayer(layer, rotation)
+    head: Any = model.get_output_embeddings()
+    if type(head) is nn.Linear and can_pack(head.weight.dtype, head.weight.device):
+        model.set_output_embeddings(project(head))
+    return sum(module.size_bytes for module in model.modules() if isinstance(module, PackedProjection))
+
+
+def _is_llama_shaped(config: Any) -> bool:
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    return (
+        config.model_type in _LLAMA_SHAPED
+        and getattr(config, "hidden_act", None) == "silu"
+        and rope.get("partial_rotary_factor", 1.0) == 1.0
+        and not getattr(config, "pretraining_tp", 1) > 1
+    )

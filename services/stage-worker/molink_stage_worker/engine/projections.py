@@ -1,0 +1,109 @@
+"""Matrix products of a layer: plain, or with weights laid out once for the CPU's kernels.
+
+oneDNN's matrix kernels want the weights in blocks of their own. Given a plain matrix they rearrange it at every
+call, which for a few tokens costs as much as the product itself; so on a CPU the weights are rearranged once
+and the plain ones dropped. It also folds what follows into the product: the activation, the factor, the
+residual, each rounded once instead of twice.
+
+Shapes: T tokens, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+_BATCH_HINT = 16
+"""oneDNN chooses the blocks for a number of rows; any number works afterwards."""
+
+
+class Projection(Protocol):
+    """A matrix product, and the product together with what follows it."""
+
+    def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
+        """``x W^T + b``, T × O."""
+
+    def with_silu(self, x_TI: torch.Tensor) -> torch.Tensor:
+        """``silu(x W^T + b)``."""
+
+    def times(self, x_TI: torch.Tensor, factor_TO: torch.Tensor) -> torch.Tensor:
+        """``(x W^T + b) * factor``."""
+
+    def plus(self, x_TI: torch.Tensor, residual_TO: torch.Tensor) -> torch.Tensor:
+        """``x W^T + b + residual``."""
+
+
+class PlainProjection(nn.Module):
+    """Any device, any dtype."""
+
+    def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight_OI, requires_grad=False)
+        self.bias = None if bias_O is None else nn.Parameter(bias_O, requires_grad=False)
+
+    def forward(self, x_TI: torch.Tensor) -> torch.Tensor:
+        """See `Projection.__call__`."""
+        return functional.linear(x_TI, self.weight, self.bias)
+
+    def with_silu(self, x_TI: torch.Tensor) -> torch.Tensor:
+        """See `Projection.with_silu`."""
+        return functional.silu(self(x_TI), inplace=True)
+
+    def times(self, x_TI: torch.Tensor, factor_TO: torch.Tensor) -> torch.Tensor:
+        """See `Projection.times`."""
+        return self(x_TI).mul_(factor_TO)  # type: ignore[no-any-return]
+
+    def plus(self, x_TI: torch.Tensor, residual_TO: torch.Tensor) -> torch.Tensor:
+        """See `Projection.plus`."""
+        return self(x_TI).add_(residual_TO)  # type: ignore[no-any-return]
+
+
+class PackedProjection(nn.Module):
+    """On a CPU with oneDNN: float32, and bfloat16 where the CPU computes it. Input may have any leading shape."""
+
+    def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
+        super().__init__()
+        self.size_bytes = weight_OI.numel() * weight_OI.element_size()
+        # an opaque tensor: neither a parameter nor a buffer, which would have to be plain memory
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach(), _BATCH_HINT)
+        self._bias = None if bias_O is None else bias_O.detach().clone()
+        self._run = torch.ops.mkldnn._linear_pointwise.default
+        self._run_binary = torch.ops.mkldnn._linear_pointwise.binary
+
+    def forward(self, x_TI: torch.Tensor) -> torch.Tensor:
+        """See `Projection.__call__`."""
+        return self._run(x_TI, self._packed, self._bias, "none", [], "")  # type: ignore[no-any-return]
+
+    def with_silu(self, x_TI: torch.Tensor) -> torch.Tensor:
+        """See `Projection.with_silu`."""
+        return self._run(x_TI, self._packed, self._bias, "swish", [], "")  # type: ignore[no-any-return]
+
+    def times(self, x_TI: torch.Tensor, factor_TO: torch.Tensor) -> torch.Tensor:
+        """See `Projection.times`."""
+        return self._run_binary(x_TI, factor_TO, self._packed, self._bias, "mul")  # type: ignore[no-any-return]
+
+    def plus(self, x_TI: torch.Tensor, residual_TO: torch.Tensor) -> torch.Tensor:
+        """See `Projection.plus`."""
+        return self._run_binary(x_TI, residual_TO, self._packed, self._bias, "add")  # type: ignore[no-any-return]
+
+
+def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether oneDNN computes this dtype here natively."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32
+
+
+def project(*linears: nn.Linear) -> PlainProjection | PackedProjection:
+    """One projection whose outputs are those of `linears`, one after the other. The best kind for their place."""
+    weight = linears[0].weight if len(linears) == 1 else torch.cat([linear.weight for linear in linears])
+    bias = None
+    if linears[0].bias is not None:
+        bias = torch.cat([linear.bias for linear in linears])
+    kind = PackedProjection if can_pack(weight.dtype, weight.device) else PlainProjection
+    return kind(weight.detach(), None if bias is None else bias.detach())
