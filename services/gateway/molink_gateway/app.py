@@ -1,0 +1,164 @@
+"""The routes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import orjson
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+
+from molink_common import PROTOCOL_VERSION, __version__, messages
+from molink_common.telemetry import Telemetry
+from molink_gateway.access_log import RequestRecord
+from molink_gateway.api_errors import ApiError, bad_request, unavailable, unknown_model
+from molink_gateway.cluster import Cluster, ServedModel
+from molink_gateway.exchange import Door, Exchange, Prepare
+from molink_gateway.preparation import Prepared, prepare_chat, prepare_completion
+from molink_gateway.requests import parse_chat, parse_completion
+from molink_gateway.sequences import Sequences
+from molink_gateway.settings import GatewaySettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What the routes work with."""
+
+    settings: GatewaySettings
+    gateway: str
+    cluster: Cluster
+    sequences: Sequences
+    telemetry: Telemetry
+    door: Door
+
+
+def make_app(parts: Parts) -> FastAPI:
+    """The HTTP application. What it needs must be running; it opens nothing itself."""
+    app = FastAPI(title="MoLink", version=__version__, openapi_url=None, docs_url=None, redoc_url=None)
+    _add_error_shapes(app)
+    _add_generation(app, parts)
+    _add_models(app, parts)
+    _add_health(app, parts)
+    return app
+
+
+def _json(content: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(content), status, headers, media_type="application/json")
+
+
+def _error(error: ApiError) -> Response:
+    return Response(error.json(), error.status, error.headers(), media_type="application/json")
+
+
+def _add_error_shapes(app: FastAPI) -> None:
+    """Whatever goes wrong, a client reads OpenAI's shape."""
+
+    @app.exception_handler(ApiError)
+    async def of_ours(_: Request, error: ApiError) -> Response:
+        return _error(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def of_validation(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        return _error(bad_request(f"`{place}`: {first['msg']}", param=place))
+
+    @app.exception_handler(HTTPException)
+    async def of_http(request: Request, error: HTTPException) -> Response:
+        known = {
+            404: f"There is nothing at {request.url.path[:200]}. The API is below /v1.",
+            405: f"{request.url.path[:200]} does not take {request.method}.",
+        }
+        message = known.get(error.status_code, str(error.detail))
+        response = _error(ApiError(error.status_code, message))
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(Exception)
+    async def of_the_rest(_: Request, __: Exception) -> Response:
+        return _error(ApiError(500, "The gateway failed. Its log says why.", code="internal"))
+
+
+def _add_generation(app: FastAPI, parts: Parts) -> None:
+    async def chat(body: bytes, record: RequestRecord, trace: str | None) -> Prepared:
+        request = parse_chat(body)
+        model = _model(request.model, record)
+        return await prepare_chat(request, model, request_id=record.request_id, gateway=parts.gateway, trace=trace)
+
+    async def completion(body: bytes, record: RequestRecord, trace: str | None) -> Prepared:
+        request = parse_completion(body)
+        model = _model(request.model, record)
+        return await prepare_completion(
+            request, model, request_id=record.request_id, gateway=parts.gateway, trace=trace
+        )
+
+    def _model(name: str, record: RequestRecord) -> ServedModel:
+        model = parts.cluster.require_model(name)
+        record.model = model.card.name
+        return model
+
+    def exchange(prepare: Prepare) -> Exchange:
+        return Exchange(
+            prepare,
+            sequences=parts.sequences,
+            door=parts.door,
+            telemetry=parts.telemetry,
+            max_body_bytes=parts.settings.max_body_bytes,
+            body_timeout_s=parts.settings.body_timeout_s,
+            send_timeout_s=parts.settings.stall_timeout_s,
+        )
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions() -> Response:
+        return exchange(chat)
+
+    @app.post("/v1/completions")
+    async def completions() -> Response:
+        return exchange(completion)
+
+
+def _add_models(app: FastAPI, parts: Parts) -> None:
+    def described(model: ServedModel, name: str) -> dict[str, object]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": model.known_since_s,
+            "owned_by": "molink",
+            "root": model.card.name,
+            "max_model_len": model.card.context_length,
+        }
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        model = parts.cluster.model
+        data = [] if model is None else [described(model, name) for name in model.names]
+        return _json({"object": "list", "data": data})
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> Response:
+        model = parts.cluster.model
+        if model is None or name not in model.names:
+            raise unknown_model(name, () if model is None else model.names)
+        return _json(described(model, name))
+
+
+def _add_health(app: FastAPI, parts: Parts) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        problem = parts.cluster.problem()
+        if problem is not None:
+            return _json({"status": "unavailable", "reason": problem}, 503, {"retry-after": "2"})
+        return _json({"status": "ok", "reason": "ready"})
+
+    @app.get("/molink/status")
+    async def status() -> Response:
+        state = parts.cluster.state
+        if state is None:
+            raise unavailable("No scheduler has been heard yet.", code="no_scheduler")
+        return Response(messages.encode(state), media_type="application/json")
+
+    @app.get("/version")
+    async def version() -> Response:
+        return _json({"version": __version__, "protocol": PROTOCOL_VERSION})

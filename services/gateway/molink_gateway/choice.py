@@ -1,0 +1,115 @@
+"""One answer, growing token by token. Pure.
+
+Ties together detokenizer, stop strings and log probabilities: what a token adds to the answer is a `Delta`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from molink_common.messages import FinishReason, TokenEvent
+from molink_gateway.detokenizer import Detokenizer
+from molink_gateway.stop_strings import StopStrings
+from molink_gateway.tokenizer import TokenText
+
+SMALLEST_LOGPROB = -9999.0
+"""What OpenAI writes for a token that is as good as impossible."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogprobEntry:
+    """One token with its log probability and the likeliest beside it."""
+
+    token: TokenText
+    logprob: float
+    likeliest: tuple[tuple[TokenText, float], ...]
+    offset: int
+    """Where its text begins in the answer, in characters."""
+
+
+@dataclass(slots=True)
+class Delta:
+    """What a token (or several) adds to the answer."""
+
+    text: str = ""
+    logprobs: tuple[LogprobEntry, ...] = ()
+    finish: FinishReason | None = None
+
+    def joined(self, later: Delta) -> Delta:
+        """This and what came after it."""
+        return Delta(self.text + later.text, self.logprobs + later.logprobs, later.finish or self.finish)
+
+
+class Choice:
+    """The answer of one sequence. `feed` its tokens in order until `finish` is set."""
+
+    def __init__(
+        self,
+        detokenizer: Detokenizer,
+        stops: StopStrings,
+        *,
+        text_of: Callable[[int], TokenText],
+        eos_token_ids: frozenset[int],
+        has_logprobs: bool,
+    ) -> None:
+        self._detokenizer = detokenizer
+        self._stops = stops
+        self._text_of = text_of
+        self._eos_token_ids = eos_token_ids
+        self._has_logprobs = has_logprobs
+        self._waiting: deque[LogprobEntry] = deque()
+        self._num_decoded = 0
+        self._num_told = 0
+        self.num_tokens = 0
+        self.finish: FinishReason | None = None
+        self.is_cut_short = False
+        """A stop string was met before the pipeline knew of an end: the sequence must be cancelled."""
+
+    def feed(self, event: TokenEvent) -> Delta:
+        """What the next token adds. After the end, nothing."""
+        if self.finish is not None:
+            return Delta()
+        self.num_tokens += 1
+        is_end_of_text = event.finish is FinishReason.STOP and event.token in self._eos_token_ids
+        new = ""
+        if not is_end_of_text:
+            if self._has_logprobs and event.logprob is not None:
+                self._waiting.append(self._entry(event, event.logprob))
+            new = self._detokenizer.feed(event.token)
+        if event.finish is not None:
+            new += self._detokenizer.flush()
+        self._num_decoded += len(new)
+        text = self._stops.feed(new)
+        if self._stops.is_met:
+            self.finish = FinishReason.STOP
+            self.is_cut_short = event.finish is None
+        elif event.finish is not None:
+            text += self._stops.flush()
+            self.finish = event.finish
+        self._num_told += len(text)
+        return Delta(text, self._entries_told(), self.finish)
+
+    def _entry(self, event: TokenEvent, logprob: float) -> LogprobEntry:
+        return LogprobEntry(
+            token=self._text_of(event.token),
+            logprob=max(logprob, SMALLEST_LOGPROB),
+            likeliest=tuple(
+                (self._text_of(one.token), max(one.logprob, SMALLEST_LOGPROB)) for one in event.top_logprobs
+            ),
+            offset=self._num_decoded,
+        )
+
+    def _entries_told(self) -> tuple[LogprobEntry, ...]:
+        """Those whose text is told. Once a stop string is met, those behind the cut are never told."""
+        if not self._waiting:
+            return ()
+        if not self._stops.is_met and not self._stops.held:
+            told = tuple(self._waiting)
+            self._waiting.clear()
+            return told
+        entries: list[LogprobEntry] = []
+        while self._waiting and self._waiting[0].offset < self._num_told:
+            entries.append(self._waiting.popleft())
+        return tuple(entries)

@@ -1,0 +1,169 @@
+"""From a valid request to what is needed to run and answer it: prompts, options, choices, the reply's shape."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from molink_common.identity import new_sequence_id
+from molink_common.messages import SubmitSequence
+from molink_common.sampling import SamplingOptions
+from molink_gateway.api_errors import bad_request, too_long
+from molink_gateway.choice import Choice
+from molink_gateway.cluster import ServedModel
+from molink_gateway.options import COMPLETION_TOKENS, check_vocabulary, sampling_options
+from molink_gateway.replies import ChatReply, CompletionReply, Reply, ReplyHead
+from molink_gateway.request_fields import MAX_PROMPTS
+from molink_gateway.requests import ChatRequest, CompletionRequest, GenerationFields
+from molink_gateway.sequences import Submission
+from molink_gateway.stop_strings import StopStrings
+from molink_gateway.tokenizer import Tokenizer
+
+_LONG_TEXT_CHARACTERS = 8192
+"""Longer texts are tokenized in a thread, so that other streams go on meanwhile."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A request that is ready to be submitted."""
+
+    submission: Submission
+    choices: tuple[Choice, ...]
+    reply: Reply
+    num_prompt_tokens: int
+    is_stream: bool
+    has_usage: bool
+    has_continuous_usage: bool
+
+
+async def prepare_chat(
+    request: ChatRequest, model: ServedModel, *, request_id: str, gateway: str, trace: str | None
+) -> Prepared:
+    """Render and tokenize a chat.
+
+    Raises:
+        ApiError: 400, when it does not fit the template, the context or the vocabulary.
+    """
+    text = model.tokenizer.render(request.turns())
+    prompt = await _encode(model, text, add_special_tokens=False, field="messages")
+    options = _options(request, model, prompt, default_tokens=None, prompt_field="messages")
+    head = _head("chatcmpl-", request, model)
+    return _prepared(
+        request, model, [(prompt, one) for one in options], ChatReply(head), len(prompt), request_id, gateway, trace
+    )
+
+
+async def prepare_completion(
+    request: CompletionRequest, model: ServedModel, *, request_id: str, gateway: str, trace: str | None
+) -> Prepared:
+    """Tokenize the prompts of a completion.
+
+    Raises:
+        ApiError: 400, when a prompt is empty or does not fit the context or the vocabulary.
+    """
+    if len(request.prompt) * request.num_choices > MAX_PROMPTS:
+        raise bad_request(
+            f"`prompt` has {len(request.prompt)} prompts with {request.num_choices} answers each; a request may have "
+            f"at most {MAX_PROMPTS} answers.",
+            param="prompt",
+        )
+    orders: list[tuple[list[int], SamplingOptions]] = []
+    echoes: list[str] = []
+    num_prompt_tokens = 0
+    for given in request.prompt:
+        if isinstance(given, str):
+            prompt = await _encode(model, given, add_special_tokens=True, field="prompt")
+        else:
+            prompt = given
+            check_vocabulary(prompt, model.card.vocabulary_size, "prompt")
+        if not prompt:
+            raise bad_request("`prompt` is empty; it must hold at least one token.", param="prompt")
+        options = _options(request, model, prompt, default_tokens=COMPLETION_TOKENS, prompt_field="prompt")
+        orders += [(prompt, one) for one in options]
+        echo = "" if not request.echo else given if isinstance(given, str) else model.tokenizer.decode(prompt)
+        echoes += [echo] * len(options)
+        num_prompt_tokens += len(prompt)
+    reply = CompletionReply(_head("cmpl-", request, model), echoes)
+    return _prepared(request, model, orders, reply, num_prompt_tokens, request_id, gateway, trace)
+
+
+async def _encode(model: ServedModel, text: str, *, add_special_tokens: bool, field: str) -> list[int]:
+    fewest = model.tokenizer.fewest_tokens(text)
+    if fewest >= model.card.context_length:  # a text of megabytes is refused without the seconds of encoding it
+        raise too_long(fewest, model.card.context_length, param=field, is_at_least=True)
+    tokenizer: Tokenizer = model.tokenizer
+    if len(text) < _LONG_TEXT_CHARACTERS:
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
+
+
+def _options(
+    request: GenerationFields, model: ServedModel, prompt: list[int], *, default_tokens: int | None, prompt_field: str
+) -> list[SamplingOptions]:
+    return sampling_options(
+        request,
+        num_prompt_tokens=len(prompt),
+        context_length=model.card.context_length,
+        vocabulary_size=model.card.vocabulary_size,
+        seed=secrets.randbits(63),
+        default_tokens=default_tokens,
+        prompt_field=prompt_field,
+    )
+
+
+def _head(prefix: str, request: GenerationFields, model: ServedModel) -> ReplyHead:
+    return ReplyHead(
+        id=prefix + secrets.token_hex(12),
+        created=int(time.time()),
+        model=request.model,
+        fingerprint="fp_" + model.card.fingerprint[:16],
+    )
+
+
+def _prepared(
+    request: GenerationFields,
+    model: ServedModel,
+    orders: Sequence[tuple[list[int], SamplingOptions]],
+    reply: Reply,
+    num_prompt_tokens: int,
+    request_id: str,
+    gateway: str,
+    trace: str | None,
+) -> Prepared:
+    submission = Submission(
+        sequences=tuple(
+            SubmitSequence(
+                sequence=new_sequence_id(),
+                gateway=gateway,
+                request=request_id,
+                model=model.card.name,
+                prompt=tuple(prompt),
+                options=options,
+                trace=trace,
+            )
+            for prompt, options in orders
+        )
+    )
+    eos_token_ids = frozenset(model.card.eos_token_ids)
+    choices = tuple(
+        Choice(
+            model.tokenizer.detokenizer(prompt[-16:]),
+            StopStrings(request.stop),
+            text_of=model.tokenizer.text_of,
+            eos_token_ids=eos_token_ids,
+            has_logprobs=options.top_logprobs is not None,
+        )
+        for prompt, options in orders
+    )
+    return Prepared(
+        submission=submission,
+        choices=choices,
+        reply=reply,
+        num_prompt_tokens=num_prompt_tokens,
+        is_stream=bool(request.stream),
+        has_usage=request.wants_usage,
+        has_continuous_usage=request.wants_continuous_usage,
+    )

@@ -1,0 +1,199 @@
+"""Answers in OpenAI's shapes, as plain dictionaries for orjson. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import orjson
+
+from molink_common.messages import FinishReason
+from molink_gateway.choice import Delta, LogprobEntry
+from molink_gateway.tokenizer import TokenText
+
+Chunk = dict[str, Any]
+
+DONE = b"data: [DONE]\n\n"
+WAITING = b": waiting\n\n"
+"""A comment: keeps the connections on the way open, and no client shows it."""
+
+
+@dataclass(slots=True)
+class Answer:
+    """A whole answer as it has grown so far."""
+
+    text: str = ""
+    logprobs: list[LogprobEntry] = field(default_factory=list)
+    finish: FinishReason | None = None
+
+    def add(self, delta: Delta) -> None:
+        """Append what came."""
+        self.text += delta.text
+        self.logprobs += delta.logprobs
+        self.finish = delta.finish or self.finish
+
+
+def usage_of(num_prompt_tokens: int, num_completion_tokens: int) -> Chunk:
+    """Token counts."""
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_completion_tokens,
+        "total_tokens": num_prompt_tokens + num_completion_tokens,
+    }
+
+
+def server_sent_event(chunk: Chunk) -> bytes:
+    """One event of a stream."""
+    return b"data: " + orjson.dumps(chunk) + b"\n\n"
+
+
+class Reply(Protocol):
+    """How one kind of request is answered."""
+
+    def opening(self, choice: int) -> list[Chunk]:
+        """The chunks before a choice's first text."""
+
+    def chunks(self, choice: int, delta: Delta) -> list[Chunk]:
+        """The chunks for what a choice grew by: its text, then its end."""
+
+    def last(self) -> Chunk:
+        """The chunk without choices that carries the usage."""
+
+    def whole(self, answers: Sequence[Answer], usage: Chunk) -> Chunk:
+        """The answer to a request without `stream`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplyHead:
+    """What every chunk of an answer repeats."""
+
+    id: str
+    created: int
+    model: str
+    fingerprint: str
+
+    def chunk(self, kind: str, choices: list[Chunk]) -> Chunk:
+        """An envelope of `kind` around `choices`."""
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+            "choices": choices,
+        }
+
+
+class ChatReply:
+    """Answers to ``/v1/chat/completions``."""
+
+    def __init__(self, head: ReplyHead) -> None:
+        self._head = head
+
+    def opening(self, choice: int) -> list[Chunk]:
+        """See `Reply.opening`: the role."""
+        return [self._chunk(choice, {"role": "assistant", "content": ""})]
+
+    def chunks(self, choice: int, delta: Delta) -> list[Chunk]:
+        """See `Reply.chunks`."""
+        chunks: list[Chunk] = []
+        if delta.text or delta.logprobs:
+            chunks.append(self._chunk(choice, {"content": delta.text}, logprobs=_chat_logprobs(delta.logprobs)))
+        if delta.finish is not None:
+            chunks.append(self._chunk(choice, {}, finish=delta.finish.value))
+        return chunks
+
+    def last(self) -> Chunk:
+        """See `Reply.last`."""
+        return self._head.chunk("chat.completion.chunk", [])
+
+    def whole(self, answers: Sequence[Answer], usage: Chunk) -> Chunk:
+        """See `Reply.whole`."""
+        choices: list[Chunk] = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": answer.text, "refusal": None},
+                "logprobs": _chat_logprobs(answer.logprobs),
+                "finish_reason": answer.finish.value if answer.finish else None,
+            }
+            for index, answer in enumerate(answers)
+        ]
+        return {**self._head.chunk("chat.completion", choices), "usage": usage}
+
+    def _chunk(self, choice: int, delta: Chunk, *, logprobs: Chunk | None = None, finish: str | None = None) -> Chunk:
+        return self._head.chunk(
+            "chat.completion.chunk",
+            [{"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": finish}],
+        )
+
+
+class CompletionReply:
+    """Answers to ``/v1/completions``; `echoes` stand before the choices' own text."""
+
+    def __init__(self, head: ReplyHead, echoes: Sequence[str]) -> None:
+        self._head = head
+        self._echoes = echoes
+
+    def opening(self, choice: int) -> list[Chunk]:
+        """See `Reply.opening`: the prompt, if it is to be echoed."""
+        return [self._chunk(choice, self._echoes[choice])] if self._echoes[choice] else []
+
+    def chunks(self, choice: int, delta: Delta) -> list[Chunk]:
+        """See `Reply.chunks`."""
+        chunks: list[Chunk] = []
+        if delta.text or delta.logprobs:
+            chunks.append(self._chunk(choice, delta.text, logprobs=_completion_logprobs(delta.logprobs)))
+        if delta.finish is not None:
+            chunks.append(self._chunk(choice, "", finish=delta.finish.value))
+        return chunks
+
+    def last(self) -> Chunk:
+        """See `Reply.last`."""
+        return self._head.chunk("text_completion", [])
+
+    def whole(self, answers: Sequence[Answer], usage: Chunk) -> Chunk:
+        """See `Reply.whole`."""
+        choices: list[Chunk] = [
+            {
+                "index": index,
+                "text": self._echoes[index] + answer.text,
+                "logprobs": _completion_logprobs(answer.logprobs),
+                "finish_reason": answer.finish.value if answer.finish else None,
+            }
+            for index, answer in enumerate(answers)
+        ]
+        return {**self._head.chunk("text_completion", choices), "usage": usage}
+
+    def _chunk(self, choice: int, text: str, *, logprobs: Chunk | None = None, finish: str | None = None) -> Chunk:
+        return self._head.chunk(
+            "text_completion", [{"index": choice, "text": text, "logprobs": logprobs, "finish_reason": finish}]
+        )
+
+
+def _chat_logprobs(entries: Sequence[LogprobEntry]) -> Chunk | None:
+    if not entries:
+        return None
+    content = [
+        {
+            **_chat_token(entry.token, entry.logprob),
+            "top_logprobs": [_chat_token(token, logprob) for token, logprob in entry.likeliest],
+        }
+        for entry in entries
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _chat_token(token: TokenText, logprob: float) -> Chunk:
+    return {"token": token.text, "logprob": logprob, "bytes": list(token.data)}
+
+
+def _completion_logprobs(entries: Sequence[LogprobEntry]) -> Chunk | None:
+    if not entries:
+        return None
+    return {
+        "tokens": [entry.token.text for entry in entries],
+        "token_logprobs": [entry.logprob for entry in entries],
+        "top_logprobs": [{token.text: logprob for token, logprob in entry.likeliest} for entry in entries],
+        "text_offset": [entry.offset for entry in entries],
+    }

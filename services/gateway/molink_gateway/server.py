@@ -1,0 +1,129 @@
+"""The gateway as a whole: its parts, its HTTP server, its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+
+from molink_common.bus import open_bus
+from molink_common.errors import SettingsError
+from molink_common.identity import new_peer_id
+from molink_common.logs import get_logger
+from molink_common.telemetry import open_telemetry
+from molink_gateway.access_log import AccessLog
+from molink_gateway.api_errors import unavailable
+from molink_gateway.app import Parts, make_app
+from molink_gateway.cluster import Cluster
+from molink_gateway.exchange import Door
+from molink_gateway.mailbox import Patience
+from molink_gateway.sequences import Sequences
+from molink_gateway.settings import GatewaySettings
+
+log = get_logger("gateway")
+
+KEEP_ALIVE_S = 65
+"""Longer than the minute after which proxies and clients give an idle connection up by themselves."""
+
+
+class _Server(uvicorn.Server):  # type: ignore[misc]
+    """uvicorn without signal handlers: the service has its own."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave the signals alone."""
+        yield
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        SettingsError: the port is taken or the address is not of this machine.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        opened = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise SettingsError(f"--host: cannot listen on {host}: {error}") from error
+    try:
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        opened.bind(address)
+        opened.listen(2048)
+        opened.setblocking(False)
+    except OSError as error:
+        opened.close()
+        raise SettingsError(
+            f"--port: cannot listen on {host}:{port}: {error.strerror}. Stop what uses it, or choose another port."
+        ) from error
+    return opened
+
+
+async def serve(settings: GatewaySettings, stop: asyncio.Event) -> None:
+    """Serve HTTP until `stop` is set; open requests then get `stop_grace_s` to finish.
+
+    Raises:
+        SettingsError: the port is taken.
+        BusUnavailable: no NATS.
+    """
+    with contextlib.closing(listen(settings.host, settings.port)) as opened:
+        port = opened.getsockname()[1]
+        gateway = settings.gateway_id or new_peer_id("gateway")
+        telemetry = open_telemetry(
+            service="gateway", instance=gateway, endpoint=settings.otlp_endpoint, trace_share=settings.trace_share
+        )
+        try:
+            async with open_bus(settings.bus_settings(), name=gateway) as bus:
+                patience = Patience(
+                    queue_timeout_s=settings.queue_timeout_s,
+                    stall_timeout_s=settings.stall_timeout_s,
+                    gap_timeout_s=settings.gap_timeout_s,
+                )
+                parts = Parts(
+                    settings=settings,
+                    gateway=gateway,
+                    cluster=Cluster(bus),
+                    sequences=Sequences(bus, gateway=gateway, patience=patience),
+                    telemetry=telemetry,
+                    door=Door(settings.max_streams),
+                )
+                await _run(parts, opened, port, stop)
+        finally:
+            await asyncio.to_thread(telemetry.close)
+
+
+async def _run(parts: Parts, opened: socket.socket, port: int, stop: asyncio.Event) -> None:
+    settings = parts.settings
+    server = _Server(
+        uvicorn.Config(
+            AccessLog(make_app(parts)),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            http="httptools",
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=settings.stop_grace_s + 2,
+        )
+    )
+    async with asyncio.TaskGroup() as group:
+        background = [group.create_task(parts.sequences.serve()), group.create_task(parts.cluster.follow())]
+        await parts.sequences.is_listening.wait()
+        serving = group.create_task(server.serve(sockets=[opened]))
+        log.info("gateway listens", url=f"http://{settings.host}:{port}", gateway=parts.gateway)
+        stopping = group.create_task(stop.wait())
+        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        server.should_exit = True
+        await asyncio.wait({serving}, timeout=settings.stop_grace_s)
+        # whoever is still open reads a proper error instead of a cut connection
+        parts.sequences.fail_all(unavailable("The gateway is stopping. Send the request again."))
+        await asyncio.wait({serving})
+        for task in (*background, stopping):
+            task.cancel()
+    log.info("gateway stopped", gateway=parts.gateway)

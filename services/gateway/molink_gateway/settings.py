@@ -1,0 +1,25 @@
+"""What can be set on a gateway."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from molink_common.messages import PeerId
+from molink_common.settings import ServiceSettings
+
+
+class GatewaySettings(ServiceSettings):
+    """The OpenAI-compatible HTTP door."""
+
+    host: Annotated[str, Field(description="address to listen on; 0.0.0.0 is all")] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535, description="port to listen on; 0 takes a free one")] = 8000
+    gateway_id: Annotated[PeerId | None, Field(description="name of this gateway in the pool; none: made up")] = None
+    max_body_bytes: Annotated[int, Field(ge=1024, description="largest request body")] = 8 * 1024 * 1024
+    max_streams: Annotated[int, Field(ge=1, description="most requests open at a time; more get 429")] = 1024
+    body_timeout_s: Annotated[float, Field(gt=0, description="longest wait for a request's body")] = 60.0
+    queue_timeout_s: Annotated[float, Field(gt=0, description="longest wait for a first token")] = 600.0
+    stall_timeout_s: Annotated[float, Field(gt=0, description="longest wait for a further token")] = 120.0
+    gap_timeout_s: Annotated[float, Field(gt=0, description="longest wait for a token that was overtaken")] = 30.0
+    stop_grace_s: Annotated[float, Field(ge=0, description="time that open requests get to finish at the end")] = 5.0
