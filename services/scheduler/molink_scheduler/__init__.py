@@ -1,1 +1,1 @@
-"""Being built."""
+"""The scheduler: keeps the layer map and the sequences' state, admits, places, recovers."""

@@ -1,0 +1,129 @@
+"""What can happen to the scheduler. Every event is a value; the time of its arrival comes beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from molink_common.messages import Heartbeat, SequencesHeld, StepTokens, SubmitSequence
+from molink_scheduler.records import Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """The scheduler begins, with what the store has kept. Always the first event."""
+
+    snapshot: Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed. Silence of workers and gateways counts only while NATS could be heard."""
+
+    bus_up: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class HeartbeatArrived:
+    """A worker lives."""
+
+    heartbeat: Heartbeat
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayAliveArrived:
+    """A gateway lives."""
+
+    gateway: str
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceSubmitted:
+    """A gateway asks for a sequence; `reply` stands for its question."""
+
+    request: SubmitSequence
+    reply: int
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceSaved:
+    """The store has the sequence."""
+
+    sequence: str
+
+
+@dataclass(frozen=True, slots=True)
+class CancelAsked:
+    """A gateway has no more use for a sequence."""
+
+    sequence: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokensArrived:
+    """A step came out of a pipeline."""
+
+    step: StepTokens
+
+
+@dataclass(frozen=True, slots=True)
+class EpochTaken:
+    """The answer to `TakeEpoch`."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class AssignAnswered:
+    """A worker took its stage, or there was a problem."""
+
+    worker: str
+    epoch: int
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StartAnswered:
+    """The head took a sequence, or there was a problem."""
+
+    sequence: str
+    epoch: int
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SequencesHeldArrived:
+    """The head's answer to the question of `asked_at_s`."""
+
+    held: SequencesHeld
+    asked_at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class StoreChanged:
+    """The store answers again, or has stopped answering."""
+
+    up: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StoreEmptied:
+    """The store answers but has forgotten everything."""
+
+
+Event = (
+    Restored
+    | Tick
+    | HeartbeatArrived
+    | GatewayAliveArrived
+    | SequenceSubmitted
+    | SequenceSaved
+    | CancelAsked
+    | TokensArrived
+    | EpochTaken
+    | AssignAnswered
+    | StartAnswered
+    | SequencesHeldArrived
+    | StoreChanged
+    | StoreEmptied
+)

@@ -1,0 +1,138 @@
+"""What the scheduler wants done. The shell carries instructions out in their order and reports by events."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from molink_common.messages import (
+    Admitted,
+    AssignStage,
+    Heartbeat,
+    Refused,
+    SequenceFailed,
+    StartSequence,
+    StopSequence,
+)
+from molink_scheduler.records import PipelineRecord, SequenceRecord
+
+
+@dataclass(frozen=True, slots=True)
+class TakeEpoch:
+    """Draw a new epoch, larger than `above` and than any drawn before; answered by `EpochTaken`."""
+
+    above: int
+
+
+@dataclass(frozen=True, slots=True)
+class AssignStageTo:
+    """Answered by `AssignAnswered`."""
+
+    worker: str
+    stage: AssignStage
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseStageOf:
+    """A worker's stage is no longer needed. The answer does not matter."""
+
+    worker: str
+    pipeline: int
+
+
+@dataclass(frozen=True, slots=True)
+class StartSequenceAt:
+    """Answered by `StartAnswered`."""
+
+    worker: str
+    start: StartSequence
+
+
+@dataclass(frozen=True, slots=True)
+class StopSequenceAt:
+    """The answer does not matter: what a stop misses, the next comparison of the books finds."""
+
+    worker: str
+    stop: StopSequence
+
+
+@dataclass(frozen=True, slots=True)
+class AskSequencesOf:
+    """Answered by `SequencesHeldArrived`, or not at all."""
+
+    worker: str
+    pipeline: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyTo:
+    """Answer a `SequenceSubmitted`."""
+
+    reply: int
+    message: Admitted | Refused
+
+
+@dataclass(frozen=True, slots=True)
+class FailSequence:
+    """Tell the gateway that a sequence cannot be finished."""
+
+    gateway: str
+    failed: SequenceFailed
+
+
+@dataclass(frozen=True, slots=True)
+class SaveSequence:
+    """Keep a sequence; answered by `SequenceSaved`."""
+
+    record: SequenceRecord
+
+
+@dataclass(frozen=True, slots=True)
+class AppendTokens:
+    """Keep tokens of a sequence, the first of them at index `start`."""
+
+    sequence: str
+    start: int
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteSequence:
+    """Forget a sequence and its tokens."""
+
+    sequence: str
+
+
+@dataclass(frozen=True, slots=True)
+class SavePipeline:
+    """Keep a pipeline's layer map."""
+
+    record: PipelineRecord
+
+
+@dataclass(frozen=True, slots=True)
+class SaveWorker:
+    """Keep a worker's last heartbeat for a few seconds."""
+
+    heartbeat: Heartbeat
+
+
+@dataclass(frozen=True, slots=True)
+class BroadcastState:
+    """Tell everybody the state of everything, now."""
+
+
+Write = SaveSequence | AppendTokens | DeleteSequence | SavePipeline | SaveWorker
+"""What goes to the store."""
+
+Instruction = (
+    TakeEpoch
+    | AssignStageTo
+    | ReleaseStageOf
+    | StartSequenceAt
+    | StopSequenceAt
+    | AskSequencesOf
+    | ReplyTo
+    | FailSequence
+    | Write
+    | BroadcastState
+)

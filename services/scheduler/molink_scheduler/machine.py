@@ -1,0 +1,151 @@
+"""The scheduler's decisions: events in, instructions out. No IO, no clock, no randomness.
+
+    Restored ─▶ HeartbeatArrived … ─▶ TakeEpoch ─▶ EpochTaken ─▶ SavePipeline, AssignStageTo × stages
+             ─▶ HeartbeatArrived(READY) × stages ─▶ the pipeline is ready
+    SequenceSubmitted ─▶ SaveSequence ─▶ SequenceSaved ─▶ ReplyTo(Admitted), StartSequenceAt(head)
+             ─▶ TokensArrived … ─▶ AppendTokens … ─▶ (finish) DeleteSequence
+
+The shell feeds events one at a time and carries the instructions out in their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import assert_never
+
+from molink_common.messages import ClusterState
+from molink_scheduler import pipeline_desk, sequence_desk
+from molink_scheduler.books import Books, PipelinePhase
+from molink_scheduler.events import (
+    AssignAnswered,
+    CancelAsked,
+    EpochTaken,
+    Event,
+    GatewayAliveArrived,
+    HeartbeatArrived,
+    Restored,
+    SequenceSaved,
+    SequencesHeldArrived,
+    SequenceSubmitted,
+    StartAnswered,
+    StoreChanged,
+    StoreEmptied,
+    Tick,
+    TokensArrived,
+)
+from molink_scheduler.instructions import (
+    AppendTokens,
+    BroadcastState,
+    Instruction,
+    SavePipeline,
+    SaveSequence,
+)
+from molink_scheduler.records import Snapshot
+from molink_scheduler.report import cluster_state
+from molink_scheduler.settings import SchedulerSettings
+
+GATEWAY_SILENT_S = 10.0
+BROADCAST_EVERY_S = 1.0
+
+
+class Machine:
+    """All decisions of one scheduler. `now_s` never goes back."""
+
+    def __init__(self, settings: SchedulerSettings) -> None:
+        self.books = Books(settings=settings)
+
+    def handle(self, event: Event, *, now_s: float) -> list[Instruction]:
+        """What is to be done about an event."""
+        return _one_broadcast(list(self._decide(event, now_s)))
+
+    def state(self, *, now_s: float) -> ClusterState:
+        """The state of everything."""
+        return cluster_state(self.books, now_s)
+
+    def _decide(self, event: Event, now_s: float) -> Iterator[Instruction]:  # noqa: PLR0912  one case an event
+        books = self.books
+        match event:
+            case TokensArrived(step):
+                yield from sequence_desk.tokens(books, step, now_s)
+            case HeartbeatArrived(heartbeat):
+                yield from pipeline_desk.heartbeat(books, heartbeat, now_s)
+                yield from pipeline_desk.plan(books, now_s)
+            case Tick(bus_up):
+                yield from self._time_passed(bus_up, now_s)
+            case GatewayAliveArrived(gateway):
+                books.gateways_heard_s[gateway] = now_s
+            case SequenceSubmitted(request, reply):
+                yield from sequence_desk.submit(books, request, reply, now_s)
+            case SequenceSaved(sequence):
+                yield from sequence_desk.saved(books, sequence, now_s)
+            case CancelAsked(sequence, reason):
+                yield from sequence_desk.cancel(books, sequence, reason, now_s)
+            case StartAnswered(sequence, epoch, problem):
+                yield from sequence_desk.start_answered(books, sequence, epoch, problem, now_s)
+            case SequencesHeldArrived(held, asked_at_s):
+                yield from sequence_desk.compare(books, held, asked_at_s, now_s)
+            case EpochTaken(epoch):
+                yield from pipeline_desk.epoch_taken(books, epoch, now_s)
+            case AssignAnswered(worker, epoch, problem):
+                pipeline_desk.assign_answered(books, worker, epoch, problem, now_s)
+                yield from pipeline_desk.plan(books, now_s)
+            case StoreChanged(up):
+                books.store_down_s = None if up else now_s
+                yield BroadcastState()
+            case StoreEmptied():
+                yield from self._save_everything()
+            case Restored(snapshot):
+                yield from self._restore(snapshot, now_s)
+            case _:
+                assert_never(event)
+
+    def _time_passed(self, bus_up: bool, now_s: float) -> Iterator[Instruction]:
+        books = self.books
+        if bus_up:
+            yield from pipeline_desk.forget_silent(books, now_s)
+            for gateway, heard_s in list(books.gateways_heard_s.items()):
+                if now_s - max(heard_s, books.deaf_until_s) >= GATEWAY_SILENT_S:
+                    yield from sequence_desk.gateway_gone(books, gateway, now_s)
+        else:
+            books.deaf_until_s = now_s
+        yield from sequence_desk.time_passed(books, now_s)
+        yield from pipeline_desk.plan(books, now_s)
+        if books.broadcast_s is None or now_s - books.broadcast_s >= BROADCAST_EVERY_S:
+            books.broadcast_s = now_s
+            yield BroadcastState()
+
+    def _restore(self, snapshot: Snapshot, now_s: float) -> Iterator[Instruction]:
+        books = self.books
+        assert books.pipeline.phase is PipelinePhase.WAITING and not books.workers, "restored once, at the start"
+        books.highest_epoch = snapshot.epoch
+        for record in snapshot.pipelines[:1]:
+            books.highest_epoch = max(books.highest_epoch, record.epoch)
+            pipeline_desk.restore(books, record, now_s)
+        for stored in snapshot.sequences:
+            sequence_desk.restore(books, stored, now_s)
+        for heartbeat in snapshot.workers:
+            yield from pipeline_desk.heartbeat(books, heartbeat, now_s)
+        yield from pipeline_desk.plan(books, now_s)
+        yield BroadcastState()
+
+    def _save_everything(self) -> Iterator[Instruction]:
+        books = self.books
+        if books.pipeline.layout is not None:
+            yield SavePipeline(books.pipeline.layout)
+        for sequence in books.sequences.values():
+            yield SaveSequence(sequence.record)
+            if sequence.generated:
+                yield AppendTokens(sequence.id, 0, tuple(sequence.generated))
+
+
+def _one_broadcast(instructions: list[Instruction]) -> list[Instruction]:
+    """One broadcast an event is enough: the first stays where it is, so that readiness is not delayed."""
+    kept: list[Instruction] = []
+    is_told = False
+    for instruction in instructions:
+        if isinstance(instruction, BroadcastState):
+            if is_told:
+                continue
+            is_told = True
+        kept.append(instruction)
+    return kept

@@ -1,0 +1,41 @@
+"""The scheduler's settings: flags and ``MOLINK_…`` variables."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from molink_common.messages import Dtype
+from molink_common.settings import ServiceSettings
+
+
+class SchedulerSettings(ServiceSettings):
+    """The scheduler: keeps the layer map and the sequences' state, admits, places, recovers."""
+
+    redis_url: Annotated[str, Field(description="address of Redis", repr=False)] = "redis://127.0.0.1:6379/0"
+    redis_connect_timeout_s: Annotated[float, Field(gt=0, description="how long to wait for Redis at start-up")] = 30.0
+    model: Annotated[str, Field(min_length=1, description="what to serve: demo, a folder, a GGUF file, a hub id")] = (
+        "demo"
+    )
+    stages: Annotated[
+        Literal["auto"] | Annotated[int, Field(ge=1)],
+        Field(description="stages of a pipeline; auto: every fit worker holds one"),
+    ] = "auto"
+    dtype: Annotated[
+        Literal["auto"] | Dtype,
+        Field(description="float32, bfloat16, float16; auto: bfloat16 where every worker is best at it"),
+    ] = "auto"
+    max_sequences: Annotated[int, Field(ge=1, description="most sequences admitted at the same time")] = 256
+    kv_tokens: Annotated[int, Field(ge=1, description="most tokens that the KV blocks hold")] = 131072
+    min_kv_tokens: Annotated[int, Field(ge=1, description="least KV room, in tokens, that a placement leaves")] = 2048
+    block_size: Annotated[int, Field(ge=1, le=4096, description="tokens a KV block")] = 16
+    stage_overhead_bytes: Annotated[
+        int, Field(ge=0, description="part of each worker's memory that is kept for activations")
+    ] = 64 * 1024 * 1024
+    settle_s: Annotated[float, Field(ge=0, description="how long the set of workers must be stable")] = 1.0
+    pipeline_wait_s: Annotated[float, Field(gt=0, description="how long sequences wait for a lost pipeline")] = 60.0
+    steps_under_way: Annotated[
+        Literal["auto"] | Annotated[int, Field(ge=1, le=256)],
+        Field(description="micro-batches in a pipeline; auto: as many as stages"),
+    ] = "auto"

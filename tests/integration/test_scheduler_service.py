@@ -1,0 +1,352 @@
+"""The scheduler with real NATS and Redis; the workers here speak the real messages and compute nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+from redis.asyncio import Redis
+
+from molink.embedded import EmbeddedServer, free_port, start_nats
+from molink_common import subjects
+from molink_common.bus import BusSettings, NatsBus, open_bus, serve
+from molink_common.identity import new_sequence_id
+from molink_common.messages import (
+    Admitted,
+    AskSequences,
+    AskState,
+    AssignStage,
+    CancelSequence,
+    ClusterState,
+    Done,
+    Dtype,
+    Failed,
+    FinishReason,
+    GatewayAlive,
+    Heartbeat,
+    JoinPool,
+    Message,
+    ModelCard,
+    RefusalCode,
+    Refused,
+    ReleaseStage,
+    SequencesHeld,
+    StagePhase,
+    StageReport,
+    StartSequence,
+    StepTokens,
+    StopSequence,
+    SubmitSequence,
+    TokenEvent,
+    Welcome,
+)
+from molink_common.sampling import SamplingOptions
+from molink_scheduler.settings import SchedulerSettings
+from molink_scheduler.shell import serve_scheduler
+from molink_scheduler.store import open_store
+
+CARD = ModelCard(
+    name="Tiny",
+    aliases=("demo",),
+    fingerprint="f" * 64,
+    family="llama",
+    packed=True,
+    num_layers=4,
+    hidden_size=8,
+    vocabulary_size=100,
+    context_length=512,
+    checkpoint_dtype="float32",
+    layer_parameters=(1000,) * 4,
+    embedding_parameters=800,
+    output_parameters=800,
+    kv_scalars_per_token=(16,) * 4,
+)
+
+
+class FakeWorker:
+    """Takes any stage at once. As the head it keeps what it was told to start."""
+
+    def __init__(self, bus: NatsBus, name: str) -> None:
+        self.bus, self.name = bus, name
+        self.stage: StageReport | None = None
+        self.assignments: list[AssignStage] = []
+        self.started: dict[str, StartSequence] = {}
+        self.starts: list[StartSequence] = []
+        self.changed = asyncio.Event()
+        self.is_alive = True
+
+    async def _control(self, message: AssignStage | ReleaseStage) -> Message:
+        if isinstance(message, ReleaseStage):
+            self.stage = None
+        else:
+            self.assignments.append(message)
+            self.started.clear()
+            self.stage = StageReport(
+                pipeline=message.pipeline,
+                epoch=message.epoch,
+                index=message.index,
+                first_layer=message.first_layer,
+                last_layer=message.last_layer,
+                phase=StagePhase.READY,
+            )
+        self.changed.set()
+        return Done()
+
+    async def _head(self, message: StartSequence | StopSequence | AskSequences) -> Message:
+        if isinstance(message, AskSequences):
+            assert self.stage is not None
+            return SequencesHeld(pipeline=1, epoch=self.stage.epoch, sequences=tuple(self.started))
+        if isinstance(message, StopSequence):
+            self.started.pop(message.sequence, None)
+        else:
+            if self.stage is None or message.epoch != self.stage.epoch:
+                return Failed(message="not the head of this epoch")
+            self.started[message.sequence] = message
+            self.starts.append(message)
+        self.changed.set()
+        return Done()
+
+    async def until(self, condition: Callable[[], bool], timeout_s: float = 10) -> None:
+        async with asyncio.timeout(timeout_s):
+            while not condition():
+                self.changed.clear()
+                await self.changed.wait()
+
+    async def run(self) -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            for subscription in (
+                await serve(self.bus, subjects.control(self.name), self._control, AssignStage, ReleaseStage),
+                await serve(self.bus, subjects.head(self.name), self._head, StartSequence, StopSequence, AskSequences),
+            ):
+                stack.push_async_callback(subscription.close)
+            while self.is_alive:
+                await self.bus.send(subjects.heartbeat(self.name), self.heartbeat())
+                await asyncio.sleep(0.2)
+
+    def heartbeat(self) -> Heartbeat:
+        return Heartbeat(
+            worker=self.name,
+            version="test",
+            device="cpu",
+            device_name="fake",
+            native_dtypes=(Dtype.FLOAT32,),
+            memory_bytes=10_000_000,
+            card=CARD,
+            stage=self.stage,
+        )
+
+    async def speak(self, sequence: str, index: int, token: int, finish: FinishReason | None = None) -> None:
+        """As the tail would."""
+        assert self.stage is not None
+        event = TokenEvent(sequence=sequence, index=index, token=token, finish=finish)
+        step = StepTokens(pipeline=1, epoch=self.stage.epoch, step=index, events=(event,))
+        if finish is not None:
+            self.started.pop(sequence, None)
+        await self.bus.send(subjects.tokens(1), step)
+
+
+class Stand:
+    """A pool: one broker, one Redis, schedulers and workers that come and go."""
+
+    def __init__(self, bus: NatsBus, redis: Redis, settings: SchedulerSettings, tasks: asyncio.TaskGroup) -> None:
+        self.bus, self.redis, self.settings, self._tasks = bus, redis, settings, tasks
+        self.states: list[ClusterState] = []
+        self._heard = asyncio.Event()
+
+    async def hear_state(self, state: ClusterState) -> None:
+        self.states.append(state)
+        self._heard.set()
+
+    async def until_state(self, condition: Callable[[ClusterState], bool], timeout_s: float = 12) -> ClusterState:
+        self.states.clear()
+        async with asyncio.timeout(timeout_s):
+            while True:
+                for state in self.states:
+                    if condition(state):
+                        return state
+                self._heard.clear()
+                await self._heard.wait()
+
+    def start_worker(self, name: str) -> FakeWorker:
+        worker = FakeWorker(self.bus, name)
+        self._tasks.create_task(worker.run())
+        return worker
+
+    def start_scheduler(self) -> tuple[asyncio.Event, asyncio.Task[None]]:
+        stop = asyncio.Event()
+
+        async def run() -> None:
+            async with (
+                open_bus(self.settings.bus_settings(), name="scheduler") as bus,
+                open_store(self.settings.redis_url) as store,
+            ):
+                await serve_scheduler(self.settings, bus, store, stop)
+
+        return stop, self._tasks.create_task(run())
+
+    async def submit(self, *, model: str = "demo", max_tokens: int = 10) -> tuple[str, Admitted | Refused]:
+        sequence = new_sequence_id()
+        request = SubmitSequence(
+            sequence=sequence,
+            gateway="g1",
+            request="r",
+            model=model,
+            prompt=(1, 2, 3),
+            options=SamplingOptions(max_tokens=max_tokens),
+        )
+        return sequence, await self.bus.ask(subjects.SUBMIT, request, Admitted, Refused, timeout_s=5)
+
+    async def sequence_keys(self) -> list[bytes]:
+        keys = [key async for key in self.redis.scan_iter(match="molink:v1:*")]
+        return [key for key in keys if b"sequence" in key or b"tokens" in key]
+
+    async def until_no_sequence_keys(self, timeout_s: float = 5) -> None:
+        async with asyncio.timeout(timeout_s):
+            while await self.sequence_keys():
+                await asyncio.sleep(0.01)
+
+    async def until_tokens(self, sequence: str, size_bytes: int, timeout_s: float = 5) -> None:
+        async with asyncio.timeout(timeout_s):
+            while await self.redis.strlen(f"molink:v1:tokens:{sequence}") != size_bytes:
+                await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+async def stand(tmp_path_factory: pytest.TempPathFactory, redis_server: EmbeddedServer) -> AsyncIterator[Stand]:
+    nats = start_nats(tmp_path_factory.mktemp("nats-scheduler"), free_port())
+    redis = Redis.from_url(redis_server.url)
+    await redis.flushdb()
+    settings = SchedulerSettings(
+        nats_url=nats.url, redis_url=redis_server.url, stages=2, settle_s=0.2, stage_overhead_bytes=0
+    )
+    try:
+        async with open_bus(BusSettings(url=nats.url), name="test") as bus, asyncio.TaskGroup() as tasks:
+            stand = Stand(bus, redis, settings, tasks)
+            subscription = await serve(bus, subjects.STATE, stand.hear_state, ClusterState)  # type: ignore[arg-type]
+
+            async def alive() -> None:
+                while True:
+                    await bus.send(subjects.gateway_alive("g1"), GatewayAlive(gateway="g1"))
+                    await asyncio.sleep(2)
+
+            beating = tasks.create_task(alive())
+            yield stand
+            beating.cancel()
+            await subscription.close()
+            for task in tasks._tasks:
+                task.cancel()
+    finally:
+        await redis.aclose()
+        nats.stop()
+
+
+async def test_ready_submit_tokens_finish_and_nothing_stays_in_redis(stand: Stand) -> None:
+    head, tail = stand.start_worker("w1"), stand.start_worker("w2")
+    stand.start_scheduler()
+    state = await stand.until_state(lambda state: state.ready)
+    assert state.pipelines[0].stages == ("w1", "w2")
+    assert [(a.first_layer, a.last_layer) for a in (head.assignments[-1], tail.assignments[-1])] == [(0, 2), (2, 4)]
+    assert await stand.bus.ask(subjects.JOIN, JoinPool(worker="w3"), Welcome, timeout_s=2) == Welcome(model="demo")
+    sequence, answer = await stand.submit()
+    assert answer == Admitted(sequence=sequence)
+    await head.until(lambda: sequence in head.started)
+    await tail.speak(sequence, 0, 11)
+    await tail.speak(sequence, 1, 12)
+    await stand.until_tokens(sequence, 8)
+    await tail.speak(sequence, 2, 13, FinishReason.STOP)
+    await stand.until_no_sequence_keys()
+    asked = await stand.bus.ask(subjects.STATUS, AskState(), ClusterState, timeout_s=2)
+    assert (asked.ready, asked.sequences) == (True, 0)
+    head.is_alive = tail.is_alive = False
+
+
+async def test_refusals_and_cancel(stand: Stand) -> None:
+    stand.start_scheduler()
+    await stand.until_state(lambda state: not state.ready)
+    _, refused = await stand.submit()
+    assert isinstance(refused, Refused) and refused.code is RefusalCode.NO_PIPELINE
+    assert refused.retry_after_s is not None
+    head, tail = stand.start_worker("w1"), stand.start_worker("w2")
+    await stand.until_state(lambda state: state.ready)
+    _, refused = await stand.submit(model="gpt-9")
+    assert isinstance(refused, Refused) and refused.code is RefusalCode.UNKNOWN_MODEL
+    _, refused = await stand.submit(max_tokens=600)
+    assert isinstance(refused, Refused) and refused.code is RefusalCode.TOO_LONG
+    sequence, answer = await stand.submit()
+    assert isinstance(answer, Admitted)
+    await head.until(lambda: sequence in head.started)
+    await stand.bus.send(subjects.CANCEL, CancelSequence(sequence=sequence, reason="the client went away"))
+    await head.until(lambda: sequence not in head.started)
+    await stand.until_no_sequence_keys()
+    head.is_alive = tail.is_alive = False
+
+
+async def test_a_dead_worker_is_replaced_and_the_sequence_goes_on_with_its_tokens(stand: Stand) -> None:
+    head, tail = stand.start_worker("w1"), stand.start_worker("w2")
+    stand.start_scheduler()
+    await stand.until_state(lambda state: state.ready)
+    third = stand.start_worker("w3")
+    await stand.until_state(lambda state: any(worker.role == "standby" for worker in state.workers))
+    sequence, _ = await stand.submit()
+    await head.until(lambda: sequence in head.started)
+    await tail.speak(sequence, 0, 11)
+    await stand.until_tokens(sequence, 4)
+    head.is_alive = False
+    state = await stand.until_state(lambda state: state.ready and "w1" not in state.pipelines[0].stages)
+    assert state.pipelines[0].stages == ("w2", "w3")
+    assert state.pipelines[0].epoch == 2
+    await tail.until(lambda: sequence in tail.started)
+    assert tail.started[sequence].generated == (11,)
+    await third.speak(sequence, 1, 12, FinishReason.LENGTH)
+    tail.started.clear()
+    await stand.until_no_sequence_keys()
+    tail.is_alive = third.is_alive = False
+
+
+async def test_a_restarted_scheduler_keeps_pipeline_sequences_and_tokens(stand: Stand) -> None:
+    head, tail = stand.start_worker("w1"), stand.start_worker("w2")
+    _, task = stand.start_scheduler()
+    await stand.until_state(lambda state: state.ready)
+    sequence, _ = await stand.submit()
+    ended, _ = await stand.submit()
+    await head.until(lambda: {sequence, ended} <= head.started.keys())
+    await tail.speak(sequence, 0, 11)
+    await stand.until_tokens(sequence, 4)
+    task.cancel()
+    await asyncio.wait([task])
+    await tail.speak(ended, 0, 5, FinishReason.STOP)  # nobody hears it
+    stop, task = stand.start_scheduler()
+    state = await stand.until_state(lambda state: state.ready)
+    assert state.pipelines[0].epoch == 1
+    await stand.until_state(lambda state: state.sequences == 1)
+    assert len(head.assignments) == 1
+    assert len(head.starts) == 2
+    await tail.speak(sequence, 1, 12)
+    await stand.until_tokens(sequence, 8)
+    # and once more, in good order
+    stop.set()
+    await asyncio.wait_for(task, 5)
+    stop, task = stand.start_scheduler()
+    await stand.until_state(lambda state: state.ready and state.sequences == 1)
+    await tail.speak(sequence, 2, 13, FinishReason.STOP)
+    await stand.until_no_sequence_keys()
+    head.is_alive = tail.is_alive = False
+
+
+async def test_a_second_scheduler_stands_by_and_takes_over(stand: Stand) -> None:
+    head, tail = stand.start_worker("w1"), stand.start_worker("w2")
+    first_stop, first = stand.start_scheduler()
+    await stand.until_state(lambda state: state.ready)
+    stand.start_scheduler()
+    sequence, answer = await stand.submit()
+    assert isinstance(answer, Admitted)
+    await head.until(lambda: sequence in head.started)
+    first_stop.set()
+    await asyncio.wait_for(first, 5)
+    await stand.until_state(lambda state: state.ready and state.sequences == 1)
+    await tail.speak(sequence, 0, 1, FinishReason.STOP)
+    await stand.until_no_sequence_keys()
+    assert len(head.starts) == 1
+    head.is_alive = tail.is_alive = False
