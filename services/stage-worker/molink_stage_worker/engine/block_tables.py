@@ -55,7 +55,8 @@ class _Table:
 class BlockTables:
     """The block tables of every sequence of the stage."""
 
-    def __init__(self, *, num_blocks: int, block_size: int) -> None:
+    def __init__(self, *, num_blocks: int, block_size: int, context_length: int | None = None) -> None:
+        self._context_length = context_length
         self._num_blocks = num_blocks
         self._block_size = block_size
         self._tables: dict[int, _Table] = {}
@@ -116,6 +117,8 @@ class BlockTables:
             raise ProtocolError(f"{name} goes on at {entry.start}, but only {num_tokens} tokens are here")
         if entry.new_blocks:
             blocks = self._extended(name, blocks, entry.new_blocks)
+        if self._context_length is not None and entry.start + entry.count > self._context_length:
+            raise ProtocolError(f"{name} is longer than the model's {self._context_length} tokens")
         if entry.start + entry.count > len(blocks) * self._block_size:
             raise ProtocolError(f"{name} has {len(blocks)} KV blocks, too few for {entry.start + entry.count} tokens")
         return _Table(blocks, entry.start + entry.count)

@@ -48,6 +48,8 @@ class Family:
     only_at_head: tuple[tuple[str, Neutral], ...] = ()
     cache_argument: str = "past_key_values"
     """The forward's name for the cache (only asked of families that run per sequence)."""
+    continues_by_one: bool = False
+    """After its first pass a sequence must go on token by token: a longer pass would start from no state."""
 
 
 _PLAIN = Family()
@@ -90,7 +92,13 @@ FAMILIES: dict[str, Family] = {
     ),
     "falcon": Family(serving=Serving.PER_SEQUENCE, layers="h", norm="ln_f", embedding="word_embeddings"),
     "gptj": Family(serving=Serving.PER_SEQUENCE, layers="h", norm="ln_f", embedding="wte"),
-    "mamba": Family(serving=Serving.PER_SEQUENCE, norm="norm_f", embedding="embeddings", cache_argument="cache_params"),
+    "mamba": Family(
+        serving=Serving.PER_SEQUENCE,
+        norm="norm_f",
+        embedding="embeddings",
+        cache_argument="cache_params",
+        continues_by_one=True,
+    ),
     "stablelm": Family(serving=Serving.PER_SEQUENCE),
 }
 
@@ -100,8 +108,7 @@ REFUSED: dict[str, str] = {
     "gemma3": "it reads images; convert its language part to a gemma3_text checkpoint",
 }
 """Families that somebody may well try, with the reason. Any other that is not in the table is merely untried."""
-
-_ROPES_THAT_LOOK_AT_THE_BATCH = frozenset({"dynamic", "longrope"})
+_LEARNED_POSITIONS = frozenset({"gpt2"})
 
 
 def family_of(config: Any) -> Family:
@@ -123,16 +130,27 @@ def family_of(config: Any) -> Family:
 def serving_of(config: Any) -> Serving:
     """How models with this configuration are served.
 
-    Some rotary embeddings choose their frequencies by the longest position in the batch. Packed, one long
-    sequence would change its neighbours, so these run per sequence whatever the family.
-
     Raises:
         ModelError: as `family_of`.
     """
-    family = family_of(config)
+    return family_of(config).serving
+
+
+def strict_context_length(config: Any) -> int | None:
+    """How many tokens a sequence may have at most; None if more would merely be answered badly.
+
+    Learned positions end. And some rotary embeddings change their frequencies once any sequence of a pass is
+    longer than those the model was first trained on: what a sequence gets would depend on its chunks and its
+    neighbours, so these models are served up to that length, where nothing changes yet.
+    """
+    trained: int | None = getattr(config, "max_position_embeddings", None)
+    bounds: list[int | None] = [trained] if config.model_type in _LEARNED_POSITIONS else []
     parameters = getattr(config, "rope_parameters", None) or {}
     # one flat dictionary, or one for each type of layer
-    variants = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
-    if any(variant.get("rope_type") in _ROPES_THAT_LOOK_AT_THE_BATCH for variant in variants):
-        return Serving.PER_SEQUENCE
-    return family.serving
+    for variant in [value for value in parameters.values() if isinstance(value, dict)] or [parameters]:
+        match variant.get("rope_type"):
+            case "longrope":
+                bounds.append(variant.get("original_max_position_embeddings", trained))
+            case "dynamic":
+                bounds.append(trained)
+    return min((bound for bound in bounds if bound is not None), default=None)

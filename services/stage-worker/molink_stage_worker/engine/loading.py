@@ -14,9 +14,10 @@ from transformers.utils import logging as transformers_logging
 from molink_common.errors import ModelError
 from molink_common.messages import Dtype
 from molink_stage_worker.engine.attention import ATTENTION_NAME
-from molink_stage_worker.engine.families import Family, Serving, family_of, serving_of
+from molink_stage_worker.engine.families import Family, Serving, family_of
 from molink_stage_worker.engine.interface import Engine, Progress, StageSpec
 from molink_stage_worker.engine.packed import PackedEngine
+from molink_stage_worker.engine.per_sequence import PerSequenceEngine
 from molink_stage_worker.engine.pruning import cut, stage_class
 
 TORCH_DTYPES = {
@@ -41,9 +42,9 @@ def load_engine(spec: StageSpec, progress: Progress | None = None) -> Engine:
     report = progress or _ignore
     report(0.0)
     config = read_config(spec.checkpoint)
-    family, serving = family_of(config), serving_of(config)
+    family = family_of(config)
     _check(config, spec)
-    attention = ATTENTION_NAME if serving is Serving.PACKED else None
+    attention = ATTENTION_NAME if family.serving is Serving.PACKED else None
     model = _load_stage(config, spec, family, attention)
     report(0.9)
     cut(model, spec, family)
@@ -51,7 +52,7 @@ def load_engine(spec: StageSpec, progress: Progress | None = None) -> Engine:
     model.eval()
     model.requires_grad_(False)
     _accept_read_only_buffers()
-    engine = _make_engine(model, spec, family, serving)
+    engine = _make_engine(model, spec, family)
     report(1.0)
     return engine
 
@@ -101,9 +102,9 @@ def _load_stage(config: Any, spec: StageSpec, family: Family, attention: str | N
     return model
 
 
-def _make_engine(model: Any, spec: StageSpec, family: Family, serving: Serving) -> Engine:
-    if serving is Serving.PER_SEQUENCE:
-        raise ModelError(f"not yet: {family}")
+def _make_engine(model: Any, spec: StageSpec, family: Family) -> Engine:
+    if family.serving is Serving.PER_SEQUENCE:
+        return PerSequenceEngine(model, spec, family)
     for specialize in SPECIALIZATIONS:
         specialize(model, spec)
     return PackedEngine(model, spec)
