@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import orjson
 
 from molink_common.errors import ModelError
 from molink_stage_worker.models.cache import Progress
-from molink_stage_worker.models.files import ModelFiles
+from molink_stage_worker.models.files import ModelFiles, is_plain_name
 from molink_stage_worker.models.safetensors_header import Header, TensorInfo
 
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_HEADERS_AT_A_TIME = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +67,10 @@ def read_checkpoint(files: ModelFiles, progress: Progress) -> Checkpoint:
         if shard not in sizes:
             raise ModelError(f"{files.name} is not whole: {shard} is missing")
     headers: dict[str, Header] = {}
-    for number, shard in enumerate(shards):
-        progress("reading the list of tensors", number / len(shards))
-        headers[shard] = files.header(shard)
+    with ThreadPoolExecutor(max_workers=_HEADERS_AT_A_TIME) as pool:
+        for number, (shard, header) in enumerate(zip(shards, pool.map(files.header, shards), strict=True)):
+            progress("reading the list of tensors", number / len(shards))
+            headers[shard] = header
     for key, shard in weight_map.items():
         if key not in headers[shard]:
             raise ModelError(f"{files.name} is not whole: its index promises {key} in {shard}, which lacks it")
@@ -87,11 +90,6 @@ def parse_index(body: Mapping[str, Any]) -> dict[str, str]:
         if not isinstance(shard, str) or not is_plain_name(shard) or not shard.endswith(".safetensors"):
             raise ModelError(f"{INDEX} names {shard!r}, which is no safetensors file beside it")
     return {str(key): shard for key, shard in weight_map.items()}
-
-
-def is_plain_name(name: str) -> bool:
-    """Whether it names a file directly in a folder, on any platform."""
-    return bool(name) and name not in (".", "..") and PurePosixPath(name).name == name and not set(name) & set("\\:\0")
 
 
 def _no_weights(name: str, sizes: Mapping[str, int]) -> str:

@@ -20,8 +20,8 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len", "max_sequence_length", "n_ctx")
 _WITHOUT_LIMIT_CONTEXT = 8192
 _SANE_TOKENIZER_LIMIT = 10_000_000
-#: Of these, `max_position_embeddings` is the length after stretching.
-_STRETCHED_ALREADY = frozenset({"default", "llama3", "longrope", "su", "mrope", "proportional"})
+#: The only kinds whose frequencies are stretched for good, whatever the length of the sequence at hand.
+_STRETCHED = frozenset({"linear", "yarn"})
 #: Names that a config carries for people and tools: they do not change what is computed.
 _NOT_THE_MODEL = frozenset({"_name_or_path", "transformers_version", "_commit_hash", "torch_dtype", "dtype"})
 
@@ -82,7 +82,11 @@ class ModelConfig:
         rope = self.stated("rope_parameters", "rope_scaling")
         if not isinstance(rope, Mapping):
             return {}
-        return {**rope, "rope_type": rope["type"]} if "type" in rope and "rope_type" not in rope else rope
+        # older files: another name for the kind, and the length before stretching beside the rope
+        older = {"rope_type": rope.get("type", "default")}
+        if (original := self.stated("original_max_position_embeddings")) is not None:
+            older["original_max_position_embeddings"] = original
+        return {**older, **rope}
 
     def canonical(self) -> dict[str, Any]:
         """What decides the model's behaviour, for fingerprints."""
@@ -90,13 +94,14 @@ class ModelConfig:
 
 
 def _stretched(positions: int, rope: Mapping[str, Any], family: str) -> int:
-    kind = str(rope.get("rope_type", "default"))
-    factor = rope.get("factor")
-    if kind in _STRETCHED_ALREADY or not isinstance(factor, int | float) or family.startswith("gemma3"):
-        return positions
+    kind, factor = rope.get("rope_type", "default"), rope.get("factor")
     original = rope.get("original_max_position_embeddings")
-    start = original if isinstance(original, int) else positions
-    return max(positions, int(start * factor))
+    if kind in ("longrope", "su") and isinstance(original, int):
+        # beyond this the frequencies would change with the longest sequence of a pass, under its neighbours' feet
+        return min(positions, original)
+    if kind not in _STRETCHED or not isinstance(factor, int | float) or family.startswith("gemma3"):
+        return positions
+    return max(positions, int((original if isinstance(original, int) else positions) * factor))
 
 
 def eos_token_ids(config: ModelConfig, generation: Mapping[str, Any]) -> tuple[int, ...]:

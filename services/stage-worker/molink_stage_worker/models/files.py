@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from molink_common.errors import ModelError
@@ -83,3 +83,8 @@ def sampled_identity(path: Path) -> str:
             file.seek(max(0, size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
             digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether it names a file directly in a folder, on any platform."""
+    return bool(name) and name not in (".", "..") and PurePosixPath(name).name == name and not set(name) & set("\\:\0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, assert_never
 
 from molink_common.errors import ModelError
 from molink_common.messages import FileOffer, ModelCard
-from molink_stage_worker.engine.families import Serving, serving_of
+from molink_stage_worker.engine.families import Serving, family_of
 from molink_stage_worker.models import demo
 from molink_stage_worker.models.cache import Progress, built_once, no_progress, sha256_of
 from molink_stage_worker.models.card import build_card, fingerprint_of, fingerprint_of_conversion
@@ -132,6 +133,8 @@ def prepare(
 
 
 def _gguf(file: Path, cache: Path, progress: Progress) -> PreparedModel:
+    if re.search(r"-\d{5}-of-\d{5}\.gguf$", file.name) and not file.name.endswith("-00001-of-00001.gguf"):
+        raise ModelError(f"{file.name} is one part of several; join them first: llama-gguf-split --merge")
     try:
         if file.stat().st_size == 0:
             raise ModelError(f"{file} is empty")
@@ -174,7 +177,7 @@ def _described(
     if not offered.keys() & set(_TOKENIZERS):
         raise ModelError(f"{files.name} has no tokenizer: one of {', '.join(_TOKENIZERS)} is needed")
     config = ModelConfig(read_json(offered[CONFIG]), lambda: _with_defaults(offered[CONFIG]))
-    packed = serving_of(_as_namespace(config)) is Serving.PACKED
+    packed = family_of(SimpleNamespace(model_type=config.family)).serving is Serving.PACKED
     if config.quantization is not None:
         raise ModelError(
             f"{files.name} is quantized ({config.quantization}); served are plain float32, float16 and bfloat16 "
@@ -222,11 +225,6 @@ def _optional_json(offered: Mapping[str, Path], name: str) -> dict[str, Any]:
 
 def _offer(name: str, path: Path) -> FileOffer:
     return FileOffer(name=name, size_bytes=path.stat().st_size, sha256=sha256_of(path))
-
-
-def _as_namespace(config: ModelConfig) -> SimpleNamespace:
-    """What the table of families asks of a configuration."""
-    return SimpleNamespace(model_type=config.family, rope_parameters=dict(config.rope))
 
 
 def _with_defaults(config: Path) -> dict[str, Any]:
