@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import orjson
 import pytest
 
+from molink.device_probe import read_device
 from molink.openai_stream import ApiError, Delta, Finished, read_event, response_error
 from molink.prepare import Prepared, Working, read_report
-from molink_common.errors import ModelError
-from molink_common.messages import ModelCard
+from molink_common.errors import ModelError, MolinkError
+from molink_common.messages import Dtype, ModelCard
 
 CARD = ModelCard(
     name="tiny",
@@ -75,3 +78,14 @@ def test_errors_of_the_endpoint_are_told_in_its_words() -> None:
     assert str(response_error(401, b'{"error": {"message": "wrong key"}}')) == "wrong key (HTTP 401)"
     assert str(response_error(502, b"<html>bad")) == "<html>bad (HTTP 502)"
     assert str(response_error(500, b"")) == "no explanation (HTTP 500)"
+
+
+def test_what_the_device_child_prints(tmp_path: Path) -> None:
+    log = tmp_path / "device.log"
+    line = '{"device": "cpu", "name": "x", "memory_bytes": 7, "native_dtypes": ["bfloat16", "float32"]}'
+    assert read_device(f"noise\n{line}\n", log).native_dtypes[0] is Dtype.BFLOAT16
+    with pytest.raises(MolinkError, match=r"^no CUDA here$"):
+        read_device('{"error": "no CUDA here"}', log)
+    log.write_text("Traceback\nImportError: libtorch is broken\n")
+    with pytest.raises(MolinkError, match=r"ImportError: libtorch is broken \(log: "):
+        read_device("", log)

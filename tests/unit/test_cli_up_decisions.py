@@ -31,7 +31,7 @@ CARD = ModelCard(
 )
 
 
-def parts_of(options: UpOptions, memory_bytes: int | None = None) -> list[Part]:
+def parts_of(options: UpOptions, memory_bytes: int = 1 << 30) -> list[Part]:
     return service_parts(
         options, nats_url="nats://n", redis_url="redis://r", worker_memory_bytes=memory_bytes, logs=Path("/logs")
     )
@@ -66,7 +66,7 @@ def test_every_service_gets_the_servers_and_the_collector() -> None:
 
 def test_workers_get_their_share_and_their_threads() -> None:
     *_, worker = parts_of(UpOptions(workers=1, threads=4), memory_bytes=1234)
-    assert "1234" in flags_of(worker).values()
+    assert flags_of(worker)["--memory"] == "1234B"
     assert worker.environment["OMP_NUM_THREADS"] == "4"
 
 
@@ -96,7 +96,7 @@ def test_sizes_for_people() -> None:
 
 def test_too_little_memory_is_said_with_numbers() -> None:
     assert weight_bytes(CARD, Dtype.BFLOAT16) == 6_000_000
-    assert what_is_lacking(CARD, None, per_worker=3_000_000, workers=2) is None
+    assert what_is_lacking(CARD, Dtype.BFLOAT16, per_worker=3_000_000, workers=2) is None
     assert what_is_lacking(CARD, Dtype.FLOAT32, per_worker=6_000_000, workers=2) is None
     lacking = what_is_lacking(CARD, Dtype.FLOAT32, per_worker=5_999_999, workers=2)
     assert lacking is not None
@@ -106,7 +106,7 @@ def test_too_little_memory_is_said_with_numbers() -> None:
 
 
 def test_workers_share_less_than_everything() -> None:
-    assert share_for_each(1000, 2) == 350
+    assert share_for_each(800, 2) == 350
 
 
 def worker(

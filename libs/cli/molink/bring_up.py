@@ -16,9 +16,10 @@ import httpx
 from rich.console import Console
 
 from molink import embedded
+from molink.device_probe import Device, probe_device
 from molink.folders import cache_folder, locks_folder, new_run_folder
 from molink.lock import Holder, hold
-from molink.memory import available_bytes, share_for_each, show_size, weight_bytes, what_is_lacking
+from molink.memory import share_for_each, show_size, weight_bytes, what_is_lacking
 from molink.parts import Kind, Part
 from molink.plan import UpOptions, service_parts
 from molink.prepare import prepare_model
@@ -59,9 +60,8 @@ async def bring_up(options: UpOptions, console: Console, progress: Progress) -> 
         logs = options.log_folder or new_run_folder(cache, options.port)
         logs.mkdir(parents=True, exist_ok=True)
         console.print(f"MoLink {__version__}: {options.model} on {options.workers} workers (logs: {logs})")
-        prepared = await prepare_model(options.model, log=logs / "model.log", environment={}, console=console)
-        memory_bytes = _memory_for_each(options, prepared.card)
-        _say_part(console, "model", _describe(prepared.card))
+        card, device = await _prepare(options, logs, console)
+        memory_bytes = _memory_for_each(options, card, device)
         async with supervise(say=lambda line: console.print(line, markup=False)) as supervisor:
             progress.supervisor = supervisor
             nats_url, redis_url = await _start_servers(options, supervisor, logs, console)
@@ -75,9 +75,9 @@ async def bring_up(options: UpOptions, console: Console, progress: Progress) -> 
             progress.was_ready = True
             supervisor.settle()
             if options.sample:
-                await _show_sample(options, prepared.card, console)
+                await _show_sample(options, card, console)
             if not options.exit_after_ready:
-                _show_use(options, prepared.card, console)
+                _show_use(options, card, console)
                 await asyncio.Event().wait()
     return 0
 
@@ -103,24 +103,34 @@ def _refuse_missing_servers(options: UpOptions) -> None:
         embedded.find_redis_server()
 
 
-def _memory_for_each(options: UpOptions, card: ModelCard) -> int | None:
-    """What each worker is told to use; None lets the worker look at its own device.
+async def _prepare(options: UpOptions, logs: Path, console: Console) -> tuple[ModelCard, Device]:
+    """The model's card and the device. Both take seconds of imports, so they are asked for at the same time."""
+    async with asyncio.TaskGroup() as group:
+        probing = group.create_task(probe_device(options.device, log=logs / "device.log"))
+        prepared = await prepare_model(options.model, log=logs / "model.log", console=console)
+    card, device = prepared.card, probing.result()
+    dtype = _dtype(options, device)
+    size = show_size(weight_bytes(card, dtype))
+    _say_part(console, "model", f"{card.name}: {card.num_layers} layers, {size} in {dtype}")
+    _say_part(console, "device", f"{device.device} ({device.name})")
+    return card, device
+
+
+def _dtype(options: UpOptions, device: Device) -> Dtype:
+    return device.native_dtypes[0] if options.dtype == "auto" else Dtype(options.dtype)
+
+
+def _memory_for_each(options: UpOptions, card: ModelCard, device: Device) -> int:
+    """What each worker may use.
 
     Raises:
         DidNotComeUp: the weights alone do not fit.
     """
-    if options.memory_bytes is None and not _computes_on_cpu(options):
-        return None
-    each = options.memory_bytes or share_for_each(available_bytes(), options.workers)
-    dtype = None if options.dtype == "auto" else Dtype(options.dtype)
-    lacking = what_is_lacking(card, dtype, per_worker=each, workers=options.workers)
+    each = options.memory_bytes or share_for_each(device.memory_bytes, options.workers)
+    lacking = what_is_lacking(card, _dtype(options, device), per_worker=each, workers=options.workers)
     if lacking is not None:
         raise DidNotComeUp(lacking)
     return each
-
-
-def _computes_on_cpu(options: UpOptions) -> bool:
-    return options.device == "cpu"
 
 
 async def _start_servers(options: UpOptions, supervisor: Supervisor, logs: Path, console: Console) -> tuple[str, str]:
@@ -224,11 +234,6 @@ def _show_use(options: UpOptions, card: ModelCard, console: Console) -> None:
         f"  molink chat --url {options.url}/v1",
     ]
     console.print("\n".join(lines), markup=False)
-
-
-def _describe(card: ModelCard) -> str:
-    size = weight_bytes(card, Dtype.BFLOAT16)
-    return f"{card.name}, {card.num_layers} layers, {show_size(size)} in bfloat16"
 
 
 def _say_part(console: Console, name: str, what: str) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from pathlib import Path
 
 from molink_common.errors import SettingsError
 from molink_common.messages import Dtype, ModelCard
 
-SHARE_FOR_WORKERS = 0.7
-"""Of what is available; the rest is for the servers, the gateway and the page cache."""
+SHARE_OF_OFFER = 0.875
+"""Of the four fifths of available memory that a worker alone offers: seven tenths in all."""
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[KMGT]?)(?:i?B)?", re.IGNORECASE)
@@ -35,22 +33,12 @@ def show_size(size_bytes: int) -> str:
     return f"{size_bytes / _UNITS['M']:.0f} MiB"
 
 
-def available_bytes() -> int:
-    """Memory that can be taken without swapping, within this container's limit."""
-    import psutil  # noqa: PLC0415  an extra: only a machine that runs workers has it
+def share_for_each(offered_alone: int, workers: int) -> int:
+    """What each of `workers` on this machine may use, where one alone would offer `offered_alone`.
 
-    free = int(psutil.virtual_memory().available)
-    with contextlib.suppress(OSError, ValueError):
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        if limit != "max":
-            free = min(free, max(0, int(limit) - used))
-    return free
-
-
-def share_for_each(available: int, workers: int) -> int:
-    """What each of `workers` on this machine may use."""
-    return int(available * SHARE_FOR_WORKERS) // workers
+    One alone leaves a fifth of the machine to the others; with the servers and the gateway beside it we leave more.
+    """
+    return int(offered_alone * SHARE_OF_OFFER) // workers
 
 
 def weight_bytes(card: ModelCard, dtype: Dtype) -> int:
@@ -59,15 +47,14 @@ def weight_bytes(card: ModelCard, dtype: Dtype) -> int:
     return scalars * dtype.size_bytes
 
 
-def what_is_lacking(card: ModelCard, dtype: Dtype | None, *, per_worker: int, workers: int) -> str | None:
-    """Why the model cannot fit, or None if it may. With no dtype given, the smallest is assumed."""
-    needed = weight_bytes(card, dtype or Dtype.BFLOAT16)
+def what_is_lacking(card: ModelCard, dtype: Dtype, *, per_worker: int, workers: int) -> str | None:
+    """Why the model's weights cannot fit, or None if they may."""
+    needed = weight_bytes(card, dtype)
     if needed <= per_worker * workers:
         return None
-    form = f" in {dtype}" if dtype is not None else ""
     advice = "a smaller model or more memory" if dtype is not Dtype.FLOAT32 else "--dtype bfloat16 or a smaller model"
     return (
-        f"too little memory: the weights of {card.name}{form} take {show_size(needed)}, and {workers} "
+        f"too little memory: the weights of {card.name} in {dtype} take {show_size(needed)}, and {workers} "
         f"worker{'s' if workers > 1 else ''} of {show_size(per_worker)} hold {show_size(per_worker * workers)}; "
         f"it takes {advice} (--memory sets the size of each worker)"
     )

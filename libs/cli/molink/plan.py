@@ -10,7 +10,7 @@ from molink.supervisor import python_command
 
 _GATEWAY_STOP_TIMEOUT_S = 8.0
 """Open requests get five seconds to finish."""
-_WORKER_STOP_TIMEOUT_S = 10.0
+_WORKER_STOP_TIMEOUT_S = 8.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +56,7 @@ def worker_id(number: int, port: int) -> str:
 
 
 def service_parts(
-    options: UpOptions, *, nats_url: str, redis_url: str, worker_memory_bytes: int | None, logs: Path
+    options: UpOptions, *, nats_url: str, redis_url: str, worker_memory_bytes: int, logs: Path
 ) -> list[Part]:
     """Scheduler, gateway and workers, in the order of starting."""
     common = ["--nats-url", nats_url]
@@ -91,11 +91,11 @@ def _gateway(options: UpOptions, common: list[str], logs: Path) -> Part:
     )
 
 
-def _worker(options: UpOptions, number: int, common: list[str], memory_bytes: int | None, logs: Path) -> Part:
+def _worker(options: UpOptions, number: int, common: list[str], memory_bytes: int, logs: Path) -> Part:
     flags = [*common, "--worker-id", worker_id(number, options.port), "--device", options.device]
-    flags += ["--threads", str(options.threads)]
-    if memory_bytes is not None:
-        flags += ["--memory-bytes", str(memory_bytes)]
+    flags += ["--threads", str(options.threads), "--memory", f"{memory_bytes}B"]
+    # when everything stops there is no place to drain to
+    flags += ["--drain-timeout-s", "0"]
     return Part(
         name=worker_name(number),
         kind=Kind.WORKER,

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import math
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
 
 from molink.leash import kill_group
-from molink.supervisor import python_command
+from molink.supervisor import python_command, words_in
 from molink_common.errors import ModelError
 from molink_common.messages import ModelCard
 
@@ -72,7 +72,7 @@ def read_report(line: str) -> Working | Prepared | None:
     return None
 
 
-async def prepare_model(reference: str, *, log: Path, environment: Mapping[str, str], console: Console) -> Prepared:
+async def prepare_model(reference: str, *, log: Path, console: Console) -> Prepared:
     """The model's card, once everything of it lies on this machine. Ends the child when it is cancelled.
 
     Raises:
@@ -82,7 +82,7 @@ async def prepare_model(reference: str, *, log: Path, environment: Mapping[str, 
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("looking for the model", total=None)
         said = ""
-        async for report in _reports(reference, log, environment):
+        async for report in _reports(reference, log):
             if isinstance(report, Prepared):
                 return report
             if report.doing != said and not console.is_terminal:
@@ -90,17 +90,17 @@ async def prepare_model(reference: str, *, log: Path, environment: Mapping[str, 
             said = report.doing
             bar.update(task, description=report.doing, total=None if report.share is None else 1.0)
             bar.update(task, completed=report.share or 0.0)
-    raise ModelError(f"preparing the model ended without a result (log: {log})")
+    raise ModelError(f"preparing the model ended without a result: {words_in(log)} (log: {log})")
 
 
-async def _reports(reference: str, log: Path, environment: Mapping[str, str]) -> AsyncIterator[Working | Prepared]:
+async def _reports(reference: str, log: Path) -> AsyncIterator[Working | Prepared]:
     with log.open("ab") as errors:
         process = await asyncio.create_subprocess_exec(
             *python_command("molink_stage_worker.models", reference),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=errors,
-            env={**os.environ, **environment},
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
             start_new_session=True,
             limit=_LONGEST_LINE_BYTES,
         )

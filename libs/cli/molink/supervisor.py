@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from molink.leash import Leash, kill_group
 from molink.parts import Kind, Part, RestartPolicy, exit_reason, in_stop_order, last_words, restart_pause_s
@@ -31,16 +32,16 @@ class PartFailed(MolinkError):
     """A part could not be started, or ended too often. Carries its last words and its log's path."""
 
     def __init__(self, part: Part, what: str) -> None:
-        super().__init__(f"{part.name} {what}: {words_of(part)} (log: {part.log})")
+        super().__init__(f"{part.name} {what}: {words_in(part.log)} (log: {part.log})")
         self.part = part
 
 
-def words_of(part: Part) -> str:
-    """The line of the part's log that best explains its end."""
+def words_in(log: Path) -> str:
+    """The line of a log that best explains why its process ended."""
     try:
-        with part.log.open("rb") as log:
-            log.seek(max(0, part.log.stat().st_size - _LAST_WORDS_BYTES))
-            return last_words(log.read().decode(errors="replace"))
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - _LAST_WORDS_BYTES))
+            return last_words(file.read().decode(errors="replace"))
     except OSError as error:
         return f"its log cannot be read: {error}"
 
@@ -129,7 +130,7 @@ class Supervisor:
         if part.kind is not Kind.WORKER or not self._workers:
             raise PartFailed(part, f"{exit_reason(return_code)}, again and again")
         self._say(
-            f"{part.name} {exit_reason(return_code)} too often and stays away: {words_of(part)} (log: {part.log})"
+            f"{part.name} {exit_reason(return_code)} too often and stays away: {words_in(part.log)} (log: {part.log})"
         )
 
     def _forget(self, part: Part, process: asyncio.subprocess.Process) -> None:
