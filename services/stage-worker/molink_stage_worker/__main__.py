@@ -1,0 +1,85 @@
+"""``python -m molink_stage_worker``: one stage worker as a process."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from molink_common.bus import open_bus
+from molink_common.identity import new_peer_id
+from molink_common.service import run_service
+from molink_common.telemetry import open_telemetry
+from molink_stage_worker.engine import load_engine
+from molink_stage_worker.hardware import inspect
+from molink_stage_worker.models import default_cache, prepare
+from molink_stage_worker.settings import StageWorkerSettings, size_bytes
+from molink_stage_worker.stage_slot import SlotSettings, Told
+from molink_stage_worker.worker import Prepared, Worker
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run until a signal; gives the exit code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    return run_service("worker", StageWorkerSettings, serve, given)
+
+
+async def serve(settings: StageWorkerSettings, stop: asyncio.Event) -> None:
+    """Open what the worker needs, run it, close everything."""
+    torch.set_num_threads(settings.threads)
+    memory_bytes = None if settings.memory == "auto" else size_bytes(settings.memory)
+    hardware = inspect(device=settings.device, memory_bytes=memory_bytes)
+    worker_id = settings.worker_id or new_peer_id("worker")
+    cache = settings.cache or default_cache()
+    telemetry = open_telemetry(
+        service="stage-worker",
+        instance=worker_id,
+        endpoint=settings.otlp_endpoint,
+        trace_share=settings.trace_share,
+    )
+    workers: list[Worker] = []  # the bus is opened before the worker that hears of its faults
+
+    def on_fault(problem: str) -> None:
+        for worker in workers:
+            worker.on_bus_fault(problem)
+
+    def on_reconnect() -> None:
+        for worker in workers:
+            worker.on_reconnect()
+
+    try:
+        async with open_bus(
+            settings.bus_settings(), name=worker_id, on_fault=on_fault, on_reconnect=on_reconnect
+        ) as bus:
+            worker = Worker(
+                bus=bus,
+                settings=SlotSettings(
+                    worker=worker_id,
+                    device=hardware.device,
+                    threads=settings.threads,
+                    step_tokens=settings.step_tokens,
+                    max_running=settings.max_running,
+                ),
+                site=settings.site,
+                hardware=hardware,
+                model=settings.model,
+                drain_timeout_s=settings.drain_timeout_s,
+                prepare=lambda reference, told: _prepare(reference, cache, told),
+                load_engine=load_engine,
+                telemetry=telemetry,
+            )
+            workers.append(worker)
+            await worker.run(stop)
+    finally:
+        telemetry.close()
+
+
+def _prepare(reference: str, cache: Path, told: Told) -> Prepared:
+    return prepare(reference, cache=cache, progress=told)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

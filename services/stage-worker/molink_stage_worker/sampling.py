@@ -1,0 +1,273 @@
+"""The tail's sampler: logits to tokens.
+
+The same sequence gives the same token whatever else is in the batch: every reduction runs along the vocabulary
+of one row, and the random number is a function of the seed and the token's index (see `noise`).
+
+How a draw works. One uniform number is looked up in the cumulative distribution *in the order of token ids*;
+filters (top-k, top-p, min-p) only decide a least logit, and tokens that tie with it stay. Sorting by likelihood
+and looking up there would be the usual way, but two neighbours that swap places over a difference of 1e-6 between
+two machines would then swap tokens; in id order such a difference only shifts a border by as much. Gumbel noise
+would do as well and costs a random number per vocabulary entry.
+
+Shapes: R rows (sequences), G rows of a group, V vocabulary, K likeliest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from molink_common.messages import FinishReason, TokenEvent, TokenLogprob
+from molink_common.sampling import SamplingOptions
+from molink_common.wire import Opening
+from molink_stage_worker.noise import uniform
+
+_LIKELIEST = 1024
+"""Top-p is settled among so many tokens if they hold enough of the mass; sorting all of V takes far longer."""
+
+
+@dataclass(slots=True)
+class _State:
+    id: str
+    options: SamplingOptions
+    prompt: tuple[int, ...]
+    generated: list[int]
+    stops: frozenset[int]
+    """Tokens that end the sequence."""
+    keeps_counts: bool
+    """Whether a penalty needs to know what was generated."""
+    bends_logits: bool
+    """Whether the logits are changed before a token is chosen (beyond `min_tokens`)."""
+    counts: Counter[int] = field(default_factory=Counter)
+    """Of generated tokens."""
+    prompt_ids: tuple[int, ...] = ()
+    """Distinct ones; kept only if the repetition penalty needs them."""
+
+    @property
+    def holds_stops_back(self) -> bool:
+        return bool(self.stops) and len(self.generated) < self.options.min_tokens
+
+
+class Sampler:
+    """Holds what it must know of every open sequence. Calls come from one thread."""
+
+    def __init__(self, *, eos_token_ids: Sequence[int], vocabulary_size: int) -> None:
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._vocabulary_size = vocabulary_size
+        self._states: dict[str, _State] = {}
+
+    def open(self, opening: Opening) -> None:
+        """Know a sequence, or know it anew."""
+        options = opening.options
+        penalizes = bool(options.presence_penalty or options.frequency_penalty or options.repetition_penalty != 1.0)
+        stops = frozenset(options.stop_token_ids) | (frozenset() if options.ignore_eos else self._eos_token_ids)
+        self._states[opening.sequence] = _State(
+            id=opening.sequence,
+            options=options,
+            prompt=opening.prompt,
+            generated=list(opening.generated),
+            stops=frozenset(token for token in stops if 0 <= token < self._vocabulary_size),
+            keeps_counts=penalizes,
+            bends_logits=penalizes or bool(options.logit_bias),
+            counts=Counter(opening.generated) if penalizes else Counter(),
+            prompt_ids=tuple(sorted(set(opening.prompt))) if options.repetition_penalty != 1.0 else (),
+        )
+
+    def knows(self, sequence: str) -> bool:
+        """Whether the sequence is open."""
+        return sequence in self._states
+
+    def close(self, sequence: str) -> None:
+        """Forget a sequence; an unknown one is ignored."""
+        self._states.pop(sequence, None)
+
+    @property
+    def num_open(self) -> int:
+        """How many sequences are known."""
+        return len(self._states)
+
+    @torch.inference_mode()
+    def sample(self, logits_RV: torch.Tensor, rows: Sequence[str]) -> tuple[list[TokenEvent], list[str]]:
+        """The next token of each sequence, and the sequences that cannot go on because their logits are not finite.
+
+        `rows` names the sequence of each row, every one open and at most once.
+        """
+        best_R, choice_R = logits_RV.max(dim=-1)
+        # NaN and +inf win every comparison, and -inf is the largest only if all are: one number tells
+        best, choices = best_R.tolist(), choice_R.tolist()
+        states = [self._states[name] for name in rows]
+        sound = [row for row, value in enumerate(best) if math.isfinite(value)]
+        failed = [rows[row] for row in range(len(rows)) if not math.isfinite(best[row])]
+        special = [row for row in sound if _needs_work(states[row])]
+        if special:
+            for row, token in self._choose(logits_RV, states, special):
+                if token is None:
+                    failed.append(rows[row])
+                    sound.remove(row)
+                else:
+                    choices[row] = token
+        logprobs = self._logprobs(logits_RV, states, [row for row in sound if _wants_logprobs(states[row])], choices)
+        return [_advance(states[row], choices[row], logprobs.get(row)) for row in sound], failed
+
+    def _choose(self, logits_RV: torch.Tensor, states: list[_State], rows: list[int]) -> list[tuple[int, int | None]]:
+        """Tokens of the rows that need more than the largest raw logit; None where nothing is left to choose."""
+        logits_GV = logits_RV[rows].float()  # a copy: the raw logits are still wanted for log probabilities
+        for place, row in enumerate(rows):
+            if states[row].bends_logits or states[row].holds_stops_back:
+                _bend(logits_GV[place], states[row])
+        best_G, choice_G = logits_GV.max(dim=-1)
+        tokens: list[int | None] = [
+            token if math.isfinite(value) else None
+            for value, token in zip(best_G.tolist(), choice_G.tolist(), strict=True)
+        ]
+        drawn = [
+            place for place, row in enumerate(rows) if not states[row].options.is_greedy and tokens[place] is not None
+        ]
+        if drawn:
+            options = [states[rows[place]].options for place in drawn]
+            noise = [uniform(states[rows[place]].options.seed, len(states[rows[place]].generated)) for place in drawn]
+            picked = logits_GV if len(drawn) == len(rows) else logits_GV[drawn]
+            for place, token in zip(drawn, draw(picked, options, noise), strict=True):
+                tokens[place] = token
+        return list(zip(rows, tokens, strict=True))
+
+    def _logprobs(
+        self, logits_RV: torch.Tensor, states: list[_State], rows: list[int], choices: list[int]
+    ) -> dict[int, tuple[float, tuple[TokenLogprob, ...]]]:
+        """Of the model's own distribution: before penalties, bias, temperature and filters."""
+        if not rows:
+            return {}
+        logprobs_GV = torch.log_softmax(logits_RV[rows].float(), dim=-1)
+        chosen_G = torch.tensor([choices[row] for row in rows], device=logprobs_GV.device)
+        chosen = logprobs_GV.gather(1, chosen_G[:, None])[:, 0].tolist()
+        most = max(states[row].options.top_logprobs or 0 for row in rows)
+        values, ids = (part.tolist() for part in logprobs_GV.topk(min(most, logprobs_GV.shape[1]), dim=-1))
+        return {
+            row: (
+                chosen[place],
+                tuple(
+                    TokenLogprob.model_construct(token=token, logprob=_finite(value))
+                    for token, value in zip(ids[place], values[place], strict=True)
+                )[: states[row].options.top_logprobs],
+            )
+            for place, row in enumerate(rows)
+        }
+
+
+def draw(logits_GV: torch.Tensor, options: Sequence[SamplingOptions], noise: Sequence[float]) -> list[int]:
+    """A token for each row by its temperature, filters and uniform number. Each row has a finite maximum."""
+    device = logits_GV.device
+    temperature_G1 = torch.tensor([[max(one.temperature, 1e-4)] for one in options], device=device)
+    best_G1 = logits_GV.max(dim=-1, keepdim=True).values
+    scaled_GV = (logits_GV - best_G1) / temperature_G1
+    weights_GV = scaled_GV.exp()
+    filtered = [place for place, one in enumerate(options) if _filters(one)]
+    if filtered:
+        least_G1 = torch.full_like(best_G1, -math.inf)
+        least_G1[filtered] = _least_kept(scaled_GV[filtered], [options[place] for place in filtered])
+        weights_GV.masked_fill_(scaled_GV < least_G1, 0.0)
+    if device.type == "mps":  # has no float64
+        weights_GV = weights_GV.cpu()
+    cumulative_GV = weights_GV.cumsum(dim=-1, dtype=torch.float64)
+    target_G1 = torch.tensor(noise, dtype=torch.float64, device=cumulative_GV.device)[:, None] * cumulative_GV[:, -1:]
+    # the first token whose share reaches beyond the target; one of weight 0 never is
+    tokens_G1 = torch.searchsorted(cumulative_GV, target_G1, right=True)
+    tokens: list[int] = tokens_G1[:, 0].tolist()
+    return tokens
+
+
+def _least_kept(scaled_GV: torch.Tensor, options: list[SamplingOptions]) -> torch.Tensor:
+    """Per row, the least scaled logit (0 is the largest) that top-k, then top-p, then min-p let pass."""
+    size = scaled_GV.shape[1]
+    top_k = [min(one.top_k, size) or size for one in options]
+    wants_top_p = any(one.top_p < 1.0 for one in options)
+    width = max(
+        min(_LIKELIEST, size) if wants_top_p else 1,
+        *(min(one.top_k, size) for one in options),
+    )
+    sorted_GK = scaled_GV.topk(width, dim=-1).values
+    least: list[float] = []
+    for place, one in enumerate(options):
+        floor = math.log(one.min_p) if one.min_p > 0.0 else -math.inf
+        if one.top_k:
+            floor = max(floor, float(sorted_GK[place, top_k[place] - 1]))
+        if one.top_p < 1.0:
+            floor = max(floor, _top_p_floor(scaled_GV[place], sorted_GK[place], top_k[place], one.top_p))
+        least.append(floor)
+    return torch.tensor(least, device=scaled_GV.device)[:, None]
+
+
+def _top_p_floor(scaled_V: torch.Tensor, sorted_K: torch.Tensor, top_k: int, top_p: float) -> float:
+    """The scaled logit of the last token that is needed to reach `top_p` of what top-k left."""
+    size = scaled_V.shape[0]
+    candidates_K = sorted_K[:top_k]
+    mass = candidates_K if top_k < size else scaled_V
+    target = top_p * mass.exp().sum()
+    count = int((candidates_K.exp().cumsum(dim=0) < target).sum())
+    if count == candidates_K.shape[0] and count < min(top_k, size):
+        candidates_K = scaled_V.sort(descending=True).values
+        count = int((candidates_K.exp().cumsum(dim=0) < target).sum())
+    return float(candidates_K[min(count, candidates_K.shape[0] - 1)])
+
+
+def _bend(logits_V: torch.Tensor, state: _State) -> None:
+    """Apply penalties, bias and `min_tokens` to a row, in place."""
+    options = state.options
+    device, size = logits_V.device, logits_V.shape[0]
+    if options.repetition_penalty != 1.0:
+        ids = torch.tensor([token for token in {*state.prompt_ids, *state.counts} if token < size], device=device)
+        values = logits_V[ids]
+        logits_V[ids] = torch.where(
+            values > 0, values / options.repetition_penalty, values * options.repetition_penalty
+        )
+    if state.counts and (options.presence_penalty or options.frequency_penalty):
+        ids = torch.tensor(list(state.counts), device=device)
+        counts = torch.tensor(list(state.counts.values()), dtype=logits_V.dtype, device=device)
+        logits_V[ids] -= options.presence_penalty + options.frequency_penalty * counts
+    bias = {token: value for token, value in options.logit_bias.items() if 0 <= token < size}
+    if bias:
+        logits_V[torch.tensor(list(bias), device=device)] += torch.tensor(list(bias.values()), device=device)
+    if state.holds_stops_back:
+        logits_V[torch.tensor(sorted(state.stops), device=device)] = -math.inf
+
+
+def _needs_work(state: _State) -> bool:
+    return state.bends_logits or not state.options.is_greedy or state.holds_stops_back
+
+
+def _wants_logprobs(state: _State) -> bool:
+    return state.options.top_logprobs is not None
+
+
+def _filters(options: SamplingOptions) -> bool:
+    return options.top_k > 0 or options.top_p < 1.0 or options.min_p > 0.0
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity; the least float32 stands for a token that cannot occur."""
+    return max(logprob, -3.4e38)
+
+
+def _advance(state: _State, token: int, logprob: tuple[float, tuple[TokenLogprob, ...]] | None) -> TokenEvent:
+    """Append the token and say so. Built without validation: this runs for every token."""
+    index = len(state.generated)
+    state.generated.append(token)
+    if state.keeps_counts:
+        state.counts[token] += 1
+    finish = None
+    if token in state.stops:
+        finish = FinishReason.STOP
+    elif index + 1 >= state.options.max_tokens:
+        finish = FinishReason.LENGTH
+    return TokenEvent.model_construct(
+        sequence=state.id,
+        index=index,
+        token=token,
+        finish=finish,
+        logprob=None if logprob is None else _finite(logprob[0]),
+        top_logprobs=() if logprob is None else logprob[1],
+    )
