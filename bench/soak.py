@@ -21,11 +21,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from molink.embedded import start_redis
 from redis.asyncio import Redis
 
 from bench.load import chat_prompts, percentile, stream_chat
 from bench.system import RunningSystem, running_system
+from molink.embedded import start_redis
 
 _RETRY_S = 1.0
 _SETTLE_S = 15.0

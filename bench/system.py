@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+
 from molink.embedded import free_port
 
 _READY_TIMEOUT_S = 300.0
