@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -381,6 +382,8 @@ def main() -> int:
     skipped = {check.build} if check.options.no_build else set()
     if check.options.keep:
         skipped.add(check.take_down)
+    # ended from outside it takes everything down as well, as after Ctrl-C
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     begun = time.monotonic()
     try:
         with cleaned_up(check):
