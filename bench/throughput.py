@@ -26,6 +26,7 @@ from bench.system import RunningSystem, running_system
 
 
 async def main(arguments: argparse.Namespace) -> dict[str, Any]:
+    checkpoint = await _checkpoint(arguments.model)
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--workers", str(arguments.workers), "--model", arguments.model, "--dtype", arguments.dtype]
         flags += ["--threads", str(arguments.threads), "--device", arguments.device]
@@ -33,7 +34,7 @@ async def main(arguments: argparse.Namespace) -> dict[str, Any]:
             await _run_clients(system, 4, 16)  # first touches of memory and code are not what is measured
             cases = []
             for concurrency in arguments.concurrency:
-                cases.append(await _measure(system, concurrency, arguments))
+                cases.append(await _measure(system, concurrency, checkpoint, arguments))
                 print(_row(cases[-1]), flush=True)
             overhead = await _hop_overhead_ms(system, arguments.new_tokens)
             status = await system.status()
@@ -47,7 +48,9 @@ async def main(arguments: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-async def _measure(system: RunningSystem, concurrency: int, arguments: argparse.Namespace) -> dict[str, Any]:
+async def _measure(
+    system: RunningSystem, concurrency: int, checkpoint: str, arguments: argparse.Namespace
+) -> dict[str, Any]:
     """One row: the median of the runs on both sides."""
     rates, results = [], list[StreamResult]()
     for _ in range(arguments.runs):
@@ -55,7 +58,7 @@ async def _measure(system: RunningSystem, concurrency: int, arguments: argparse.
         streams = await _run_clients(system, concurrency, arguments.new_tokens)
         rates.append(sum(stream.completion_tokens for stream in streams) / (time.perf_counter() - started))
         results += streams
-    baseline = await _transformers(concurrency, arguments)
+    baseline = await _transformers(concurrency, checkpoint, arguments)
     return {
         "concurrency": concurrency,
         "tokens_per_s": round(statistics.median(rates), 1),
@@ -80,16 +83,27 @@ async def _run_clients(system: RunningSystem, concurrency: int, new_tokens: int)
     return streams
 
 
-async def _transformers(batch: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    command = [sys.executable, "-m", "bench.transformers_baseline", "--checkpoint", arguments.checkpoint]
+async def _checkpoint(model: str) -> str:
+    """The folder of the whole model, for transformers."""
+    result = await _run_python("molink_stage_worker.models", model)
+    return str(result["folder"])
+
+
+async def _transformers(batch: int, checkpoint: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    command = ["bench.transformers_baseline", "--checkpoint", checkpoint]
     command += ["--batch", str(batch), "--threads", str(arguments.workers * arguments.threads)]
     command += ["--new-tokens", str(arguments.new_tokens), "--device", arguments.device, "--dtype", arguments.dtype]
+    return await _run_python(*command)
+
+
+async def _run_python(*command: str) -> dict[str, Any]:
+    """Run a module and read the JSON object in its last line."""
     process = await asyncio.create_subprocess_exec(
-        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
+        sys.executable, "-m", *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
     )
     out, _ = await asyncio.wait_for(process.communicate(), 600)
     if process.returncode != 0:
-        raise RuntimeError("the transformers baseline failed: " + " ".join(command))
+        raise RuntimeError(f"{' '.join(command)} failed: {out.decode(errors='replace')[-300:]}")
     result: dict[str, Any] = json.loads(out.splitlines()[-1])
     return result
 
@@ -129,7 +143,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="per worker")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--checkpoint", default=None, help="the same model's folder, for transformers")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cpu")
     return parser.parse_args(argv)

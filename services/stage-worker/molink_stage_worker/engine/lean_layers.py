@@ -22,7 +22,7 @@ from torch.nn.functional import rms_norm
 from transformers import PreTrainedModel
 
 from molink_stage_worker.engine.attention import PagedStep, paged_attention
-from molink_stage_worker.engine.projections import PackedProjection, can_pack, project
+from molink_stage_worker.engine.projections import can_pack, project
 
 _LLAMA_SHAPED = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3"})
 
@@ -119,8 +119,8 @@ def _sliding_window(attention: Any) -> int | None:
     return window
 
 
-def make_lean(model: PreTrainedModel) -> int:
-    """Exchange what is known to be exchangeable in a pruned, loaded model; gives the bytes of packed weights.
+def make_lean(model: PreTrainedModel) -> None:
+    """Exchange what is known to be exchangeable in a pruned, loaded model of a packed family.
 
     `model` is a causal language model of any family. Layers are replaced one by one, so that at most one
     layer's weights exist twice at a time.
@@ -135,7 +135,6 @@ def make_lean(model: PreTrainedModel) -> int:
     head: Any = model.get_output_embeddings()
     if type(head) is nn.Linear and can_pack(head.weight.dtype, head.weight.device):
         model.set_output_embeddings(project(head))
-    return sum(module.size_bytes for module in model.modules() if isinstance(module, PackedProjection))
 
 
 def _is_llama_shaped(config: Any) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from molink_common.messages import Dtype
 from molink_stage_worker.engine.attention import ATTENTION_NAME
 from molink_stage_worker.engine.families import Family, Serving, family_of
 from molink_stage_worker.engine.interface import Engine, Progress, StageSpec
+from molink_stage_worker.engine.lean_layers import make_lean
 from molink_stage_worker.engine.packed import PackedEngine
 from molink_stage_worker.engine.per_sequence import PerSequenceEngine
 from molink_stage_worker.engine.pruning import cut, stage_class
@@ -25,12 +25,6 @@ TORCH_DTYPES = {
     Dtype.BFLOAT16: torch.bfloat16,
     Dtype.FLOAT16: torch.float16,
 }
-
-Specialize = Callable[[Any, StageSpec], None]
-"""Changes a cut model in place, before its first use, without changing what it computes."""
-
-SPECIALIZATIONS: list[Specialize] = []
-"""Applied in order to every packed stage: fused projections, leaner layers, compilation."""
 
 
 def load_engine(spec: StageSpec, progress: Progress | None = None) -> Engine:
@@ -105,8 +99,7 @@ def _load_stage(config: Any, spec: StageSpec, family: Family, attention: str | N
 def _make_engine(model: Any, spec: StageSpec, family: Family) -> Engine:
     if family.serving is Serving.PER_SEQUENCE:
         return PerSequenceEngine(model, spec, family)
-    for specialize in SPECIALIZATIONS:
-        specialize(model, spec)
+    make_lean(model)
     return PackedEngine(model, spec)
 
 

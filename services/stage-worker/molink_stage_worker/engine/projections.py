@@ -66,7 +66,7 @@ class PackedProjection(nn.Module):
 
     def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
         super().__init__()
-        self.size_bytes = weight_OI.numel() * weight_OI.element_size()
+        self.packed_bytes: int = weight_OI.numel() * weight_OI.element_size()
         # an opaque tensor: neither a parameter nor a buffer, which would have to be plain memory
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach(), _BATCH_HINT)
         self._bias = None if bias_O is None else bias_O.detach().clone()
@@ -92,7 +92,7 @@ class PackedProjection(nn.Module):
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether oneDNN computes this dtype here natively."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

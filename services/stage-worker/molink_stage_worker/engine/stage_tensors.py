@@ -10,6 +10,7 @@ import torch
 from molink_common.errors import ProtocolError
 from molink_common.wire import Entry, Logits
 from molink_stage_worker.engine.interface import StageSpec, StepOutput
+from molink_stage_worker.engine.projections import PackedProjection
 
 
 class Boundary:
@@ -33,12 +34,12 @@ class Boundary:
             ProtocolError: what is given does not fit the number of tokens, the hidden size or the vocabulary.
         """
         if self._is_head:
-            if token_ids is None:
+            if token_ids is None and num_tokens:
                 raise ProtocolError("the head of a pipeline takes token ids")
-            return "input_ids", self._ids(num_tokens, token_ids)
-        if hidden is None:
+            return "input_ids", self._ids(num_tokens, token_ids or ())
+        if hidden is None and num_tokens:
             raise ProtocolError("this stage takes hidden states")
-        return "inputs_embeds", self._hidden_states(num_tokens, hidden)
+        return "inputs_embeds", self._hidden_states(num_tokens, memoryview(b"") if hidden is None else hidden)
 
     def hidden(self, hidden_TH: torch.Tensor | None) -> StepOutput:
         """One-dimensional bytes; on the CPU they are the tensor's own memory, which they keep alive."""
@@ -84,6 +85,7 @@ def logit_rows(entries: Sequence[Entry]) -> list[int]:
 
 
 def bytes_of(model: Any) -> int:
-    """Memory of parameters and buffers, tied ones counted once."""
+    """Memory of parameters and buffers, tied ones counted once, and of packed projections."""
     tensors = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
-    return sum(tensors.values())
+    packed = sum(module.packed_bytes for module in model.modules() if isinstance(module, PackedProjection))
+    return sum(tensors.values()) + packed
