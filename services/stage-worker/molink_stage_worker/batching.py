@@ -292,7 +292,11 @@ class Batcher:
         """How many tokens of whom, decode first."""
         chosen: dict[str, int] = {}
         decoding = sum(sequence.is_decoding for sequence in self._running.values())
-        share = min(-(-decoding // self._limits.max_steps_under_way), self._limits.step_tokens)
+        room = self._limits.step_tokens
+        ready = next((sequence for sequence in self._running.values() if sequence.unplanned), None)
+        if ready is not None and not ready.is_decoding:
+            room -= max(room // 4, 1)  # a prompt has waited longest: many decode sequences must not keep it out
+        share = min(-(-decoding // self._limits.max_steps_under_way), room)
         for sequence in list(self._running.values()):
             if len(chosen) >= share:
                 break

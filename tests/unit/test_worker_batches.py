@@ -1,0 +1,268 @@
+"""The head's decisions, one by one."""
+
+from __future__ import annotations
+
+import pytest
+
+from molink_common.errors import CapacityError
+from molink_common.identity import sequence_id
+from molink_common.messages import FinishReason, StartSequence, StepTokens, TokenEvent
+from molink_common.sampling import SamplingOptions
+from molink_common.wire import Logits
+from molink_stage_worker.batching import MAX_RESTARTS_AFTER_LOSS, Batcher, BatchLimits, StepPlan
+from molink_stage_worker.kv_blocks import BlockAllocator
+from molink_stage_worker.stage_slot import tokens_in_a_frame
+
+TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+def batcher(**limits: int) -> Batcher:
+    return Batcher(BatchLimits(**{"num_blocks": 100, "block_size": 4, "step_tokens": 16, **limits}))
+
+
+def start(number: int, prompt: int, new: int = 50, trace: str | None = None) -> StartSequence:
+    return StartSequence(
+        pipeline=1,
+        epoch=1,
+        sequence=sequence_id(number),
+        prompt=tuple(range(100, 100 + prompt)),
+        options=SamplingOptions(max_tokens=new),
+        trace=trace,
+    )
+
+
+def result(plan: StepPlan, indices: dict[int, int], finish: FinishReason | None = None) -> StepTokens:
+    """A token 7 for each entry that wants one; `indices` counts them by sequence."""
+    events = []
+    for entry in plan.entries:
+        if entry.logits is Logits.LAST:
+            index = indices.get(entry.sequence, 0)
+            indices[entry.sequence] = index + 1
+            events.append(TokenEvent(sequence=sequence_id(entry.sequence), index=index, token=7, finish=finish))
+    return StepTokens(pipeline=1, epoch=1, step=plan.step, events=tuple(events))
+
+
+def plan_of(head: Batcher) -> StepPlan:
+    plan = head.next_step()
+    assert plan is not None
+    head.check_invariants()
+    return plan
+
+
+def shape(plan: StepPlan) -> list[tuple[int, int, int, Logits]]:
+    return [(entry.sequence, entry.start, entry.count, entry.logits) for entry in plan.entries]
+
+
+def test_a_long_prompt_goes_in_chunks_that_follow_each_other_without_waiting() -> None:
+    head = batcher(max_steps_under_way=3)
+    head.add(start(1, prompt=40))
+    plans = [plan_of(head) for _ in range(3)]
+    assert [shape(plan) for plan in plans] == [
+        [(1, 0, 16, Logits.NONE)],
+        [(1, 16, 16, Logits.NONE)],
+        [(1, 32, 8, Logits.LAST)],
+    ]
+    assert [len(plan.opens) for plan in plans] == [1, 0, 0]
+    assert plans[1].token_ids == tuple(range(116, 132))
+    assert head.next_step() is None
+
+
+def test_a_decode_token_waits_for_the_one_before_it() -> None:
+    head = batcher(max_steps_under_way=4)
+    head.add(start(1, prompt=3))
+    first = plan_of(head)
+    assert head.next_step() is None
+    head.on_tokens(result(first, {}))
+    second = plan_of(head)
+    assert shape(second) == [(1, 3, 1, Logits.LAST)]
+    assert second.token_ids == (7,)
+    assert second.opens == ()
+
+
+def test_decode_tokens_come_before_chunks_of_prompts() -> None:
+    head, indices = batcher(), dict[int, int]()
+    head.add(start(1, prompt=3))
+    head.on_tokens(result(plan_of(head), indices))
+    head.add(start(2, prompt=40))
+    assert shape(plan_of(head)) == [(1, 3, 1, Logits.LAST), (2, 0, 15, Logits.NONE)]
+
+
+def test_decode_sequences_are_shared_out_among_the_steps_under_way() -> None:
+    head, indices = batcher(max_steps_under_way=3), dict[int, int]()
+    for number in range(7):
+        head.add(start(number, prompt=2))
+    head.on_tokens(result(plan_of(head), indices))
+    plans = [plan_of(head) for _ in range(3)]
+    assert [len(plan.entries) for plan in plans] == [3, 3, 1]
+    assert {entry.sequence for plan in plans for entry in plan.entries} == set(range(7))
+
+
+def test_who_was_served_longest_ago_comes_first() -> None:
+    head, indices = batcher(step_tokens=2), dict[int, int]()
+    for number in range(4):
+        head.add(start(number, prompt=1))
+    served = []
+    for _ in range(8):
+        plan = plan_of(head)
+        served.append([entry.sequence for entry in plan.entries])
+        head.on_tokens(result(plan, indices))
+    assert all(indices[number] >= 3 for number in range(4)), served
+
+
+def test_a_finished_sequence_is_closed_by_the_next_step_and_its_blocks_serve_at_once() -> None:
+    head = batcher(num_blocks=2)
+    head.add(start(1, prompt=8))
+    head.add(start(2, prompt=8))
+    first = plan_of(head)
+    assert [entry.sequence for entry in first.entries] == [1]
+    head.on_tokens(result(first, {}, FinishReason.STOP))
+    second = plan_of(head)
+    assert second.closes == (sequence_id(1),)
+    assert second.entries[0].sequence == 2
+    assert set(second.entries[0].new_blocks) == {0, 1}
+
+
+def test_closes_travel_alone_only_when_nothing_else_is_under_way() -> None:
+    head, indices = batcher(max_steps_under_way=3), dict[int, int]()
+    head.add(start(1, prompt=2))
+    head.add(start(2, prompt=2))
+    head.on_tokens(result(plan_of(head), indices))
+    one, other = plan_of(head), plan_of(head)
+    head.stop(sequence_id(2))
+    assert head.next_step() is None
+    head.on_tokens(result(one, indices, FinishReason.STOP))
+    assert head.next_step() is None
+    head.on_tokens(result(other, indices))
+    last = plan_of(head)
+    assert last.entries == ()
+    assert set(last.closes) == {sequence_id(1), sequence_id(2)}
+    head.on_tokens(StepTokens(pipeline=1, epoch=1, step=last.step))
+    assert head.next_step() is None
+
+
+def test_the_newest_gives_way_when_blocks_run_out_and_keeps_its_tokens() -> None:
+    head, indices = batcher(num_blocks=4), dict[int, int]()
+    head.add(start(1, prompt=7))
+    head.add(start(2, prompt=3))
+    for _ in range(3):
+        head.on_tokens(result(plan_of(head), indices))
+    assert head.report().preemptions == 1
+    assert (head.report().running, head.report().waiting) == (1, 1)
+    plan = plan_of(head)
+    while not any(entry.sequence == 2 for entry in plan.entries):
+        head.on_tokens(result(plan, indices, FinishReason.STOP if indices[1] == 6 else None))
+        plan = plan_of(head)
+    (opening,) = plan.opens
+    assert opening.generated == (7,) * indices[2]
+    assert plan.entries[-1].opens
+    assert plan.entries[-1].count == 3 + indices[2]
+
+
+def test_a_sequence_is_refused_when_it_can_never_fit_and_when_the_queue_is_full() -> None:
+    head = batcher(num_blocks=2, max_waiting=1)
+    with pytest.raises(CapacityError, match="8 tokens"):
+        head.add(start(1, prompt=9))
+    head.add(start(2, prompt=8))
+    with pytest.raises(CapacityError, match="waiting"):
+        head.add(start(3, prompt=1))
+    head.add(start(2, prompt=8))  # again: harmless
+    assert head.sequences == (sequence_id(2),)
+
+
+def test_a_sequence_that_outgrows_the_whole_memory_is_given_up() -> None:
+    head, indices = batcher(num_blocks=2), dict[int, int]()
+    head.add(start(1, prompt=8))
+    head.on_tokens(result(plan_of(head), indices))
+    plan = plan_of(head)
+    assert (plan.entries, plan.closes) == ((), (sequence_id(1),))
+    assert head.take_failed() == (sequence_id(1),)
+    assert head.take_failed() == ()
+
+
+def test_a_later_result_means_that_the_steps_before_it_are_lost() -> None:
+    head = batcher(max_steps_under_way=2)
+    head.add(start(1, prompt=5))
+    first = plan_of(head)
+    head.add(start(2, prompt=5))
+    second = plan_of(head)
+    head.on_tokens(result(second, {}))
+    again = plan_of(head)
+    assert shape(again)[-1] == (1, 0, 5, Logits.LAST)
+    assert again.closes == (sequence_id(1),)
+    head.on_tokens(result(first, {}))  # it comes after all: too late to count
+    head.check_invariants()
+    assert head.report().steps_under_way == 1
+
+
+def test_a_token_that_is_missing_from_its_step_is_computed_again_but_not_for_ever() -> None:
+    head = batcher()
+    head.add(start(1, prompt=5))
+    for _ in range(MAX_RESTARTS_AFTER_LOSS + 1):
+        plan = plan_of(head)
+        assert shape(plan) == [(1, 0, 5, Logits.LAST)]
+        head.on_tokens(StepTokens(pipeline=1, epoch=1, step=plan.step))
+    assert head.take_failed() == (sequence_id(1),)
+    assert head.sequences == ()
+
+
+def test_a_sequence_whose_logits_were_not_finite_is_gone() -> None:
+    head = batcher()
+    head.add(start(1, prompt=5))
+    plan = plan_of(head)
+    head.on_tokens(StepTokens(pipeline=1, epoch=1, step=plan.step, failed=(sequence_id(1),)))
+    assert head.sequences == ()
+    assert plan_of(head).closes == (sequence_id(1),)
+    assert head.take_failed() == ()
+
+
+def test_a_result_of_a_stopped_sequence_does_not_reach_another_of_the_same_id() -> None:
+    head = batcher(max_steps_under_way=2)
+    head.add(start(1, prompt=5))
+    old = plan_of(head)
+    head.stop(sequence_id(1))
+    head.add(start(1, prompt=6))
+    new = plan_of(head)
+    assert new.closes == (sequence_id(1),)
+    head.on_tokens(result(old, {}))
+    head.on_tokens(result(new, {}))
+    assert shape(plan_of(head)) == [(1, 6, 1, Logits.LAST)]
+
+
+def test_few_prompts_open_in_one_step_if_they_are_long() -> None:
+    head = batcher(opening_tokens=10)
+    for number in range(3):
+        head.add(start(number, prompt=5))
+    assert [opening.sequence for opening in plan_of(head).opens] == [sequence_id(0), sequence_id(1)]
+
+
+def test_trace_context_travels_with_the_steps_of_traced_sequences_only() -> None:
+    head = batcher()
+    head.add(start(1, prompt=2, trace=TRACE))
+    head.add(start(2, prompt=2))
+    assert plan_of(head).traces == {sequence_id(1): TRACE}
+
+
+def test_a_growing_sequence_keeps_its_blocks_together() -> None:
+    blocks = BlockAllocator(20)
+    assert blocks.take(1, 1, expected=6) == (0,)
+    assert blocks.take(2, 2, expected=5) == (6, 7)
+    assert blocks.take(1, 2) == (1, 2)
+    assert blocks.take(2, 1) == (8,)
+    blocks.release(1)
+    assert blocks.take(3, 6, expected=6) == (0, 1, 2, 3, 4, 5)
+
+
+def test_a_wish_does_not_keep_others_out() -> None:
+    blocks = BlockAllocator(6)
+    blocks.take(1, 1, expected=6)
+    assert len(blocks.take(2, 4)) == 4
+    assert len(blocks.take(1, 1)) == 1
+    blocks.check_invariants()
+    with pytest.raises(CapacityError):
+        blocks.take(1, 1)
+
+
+def test_a_step_leaves_room_in_a_message() -> None:
+    assert tokens_in_a_frame(8 << 20, 8192 * 2, 256) == 256
+    assert tokens_in_a_frame(1 << 20, 8192 * 2, 256) == 38
+    assert tokens_in_a_frame(1024, 1 << 20, 256) == 1

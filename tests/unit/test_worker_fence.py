@@ -1,0 +1,63 @@
+"""Which frames a stage lets in."""
+
+from __future__ import annotations
+
+from molink_common.messages import Dtype
+from molink_common.wire import Entry, StepFrame
+from molink_stage_worker.fence import Drop, Fence
+
+
+def frame(step: int, *, pipeline: int = 1, epoch: int = 3) -> StepFrame:
+    return StepFrame(
+        pipeline=pipeline,
+        epoch=epoch,
+        step=step,
+        entries=(),
+        extra=b"",
+        hidden_size=4,
+        dtype=Dtype.FLOAT32,
+        hidden=memoryview(b""),
+    )
+
+
+def entry(start: int, count: int, *, opens: bool = False, sequence: int = 7) -> Entry:
+    return Entry(sequence=sequence, start=start, count=count, opens=opens)
+
+
+def test_only_newer_frames_of_this_pipeline_and_epoch_count() -> None:
+    fence = Fence(pipeline=1, epoch=3)
+    assert fence.check(frame(5)) is None
+    assert fence.check(frame(5)) is Drop.SEEN_ALREADY
+    assert fence.check(frame(4)) is Drop.SEEN_ALREADY
+    assert fence.check(frame(9, epoch=2)) is Drop.OTHER_EPOCH
+    assert fence.check(frame(9, pipeline=2)) is Drop.OTHER_PIPELINE
+    assert fence.check(frame(6)) is None
+    assert fence.check(frame(9)) is None
+    assert fence.dropped == {Drop.SEEN_ALREADY: 2, Drop.OTHER_EPOCH: 1, Drop.OTHER_PIPELINE: 1}
+
+
+def test_a_hole_makes_a_hole_of_everything_after_it() -> None:
+    fence = Fence(pipeline=1, epoch=3)
+    assert fence.enter([entry(0, 4, opens=True), entry(0, 2, opens=True, sequence=8)], []) is None
+    assert fence.enter([entry(5, 4)], []) is Drop.HOLE
+    assert fence.enter([entry(4, 1)], []) is Drop.HOLE
+    assert fence.enter([entry(2, 1, sequence=8)], []) is None
+    assert fence.enter([entry(0, 4, opens=True)], []) is None
+    assert fence.enter([entry(4, 1)], []) is None
+    assert fence.dropped.total() == 2
+
+
+def test_tokens_may_be_written_again_but_not_after_a_close() -> None:
+    fence = Fence(pipeline=1, epoch=3)
+    fence.enter([entry(0, 4, opens=True)], [])
+    assert fence.enter([entry(2, 1)], []) is None
+    assert fence.enter([entry(4, 1)], []) is Drop.HOLE  # it went back to 3
+    fence.enter([entry(0, 4, opens=True)], [])
+    assert fence.enter([entry(4, 1)], [7]) is Drop.HOLE
+
+
+def test_what_the_engine_refuses_is_a_hole_too() -> None:
+    fence = Fence(pipeline=1, epoch=3)
+    fence.enter([entry(0, 4, opens=True)], [])
+    fence.refuse([entry(0, 4)], Drop.REFUSED)
+    assert fence.enter([entry(4, 1)], []) is Drop.HOLE
