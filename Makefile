@@ -10,10 +10,10 @@ ARGS ?=
 TORCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help up down test lint check bench clean
+.PHONY: help up down test test-compose lint check bench clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 up: $(VENV)/.has-all ## start the whole system on this machine; ARGS="--port 8100 --workers 3"
 	@exec $(BIN)/molink up $(ARGS)
@@ -23,6 +23,9 @@ down: ## stop what `make up` started; ARGS="--port 8100"
 
 test: $(VENV)/.has-dev ## run every test; ARGS="tests/unit -k lock"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+test-compose: ## build the containers, use them, kill one, take them down; ARGS="--no-jaeger --no-build --keep"
+	deploy/test-compose.sh $(ARGS)
 
 lint: $(VENV)/.has-dev ## ruff, mypy --strict, and who may import whom
 	$(BIN)/ruff check .
