@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -14,7 +16,7 @@ from molink.embedded import EmbeddedServer
 from molink_common.bus import NatsBus
 from tests.integration.test_gateway_pool import FakePool, fake_pool, ready_gateway
 
-HELLO = [{"role": "user", "content": "What is the capital of France?"}]
+HELLO: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 @pytest.fixture
@@ -147,3 +149,19 @@ async def test_an_unknown_model_is_404(client: openai.AsyncOpenAI) -> None:
         await client.chat.completions.create(model="gpt-4", messages=HELLO)
     assert caught.value.code == "model_not_found"
     assert "demo" in caught.value.message
+
+
+async def test_token_ids_are_told_when_asked_for(http: httpx.AsyncClient, pool: FakePool) -> None:
+    tokens = [*pool.tokenizer.encode(pool.text).ids, 2]
+    body = {"model": "demo", "return_token_ids": True}
+    answer = (await http.post("/v1/chat/completions", json={**body, "messages": HELLO})).json()
+    assert answer["choices"][0]["token_ids"] == tokens
+    assert answer["prompt_token_ids"] == list(pool.submitted.get_nowait().prompt)
+    answer = (await http.post("/v1/completions", json={**body, "prompt": [5, 6]})).json()
+    assert answer["choices"][0]["token_ids"] == tokens
+    assert answer["choices"][0]["prompt_token_ids"] == [5, 6]
+    async with http.stream("POST", "/v1/completions", json={**body, "prompt": [5, 6], "stream": True}) as response:
+        lines = [line[6:] async for line in response.aiter_lines() if line.startswith("data: {")]
+    choices = [json.loads(line)["choices"][0] for line in lines]
+    assert choices[0]["prompt_token_ids"] == [5, 6]
+    assert [token for choice in choices for token in choice.get("token_ids", [])] == tokens

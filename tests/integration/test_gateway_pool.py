@@ -6,6 +6,7 @@ The tests of this file prove the fake itself.
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import hashlib
 import json
@@ -41,6 +42,7 @@ from molink_common.messages import (
     TokenEvent,
     TokenLogprob,
 )
+from molink_gateway.listening import listen
 from molink_gateway.server import serve as serve_gateway
 from molink_gateway.settings import GatewaySettings
 
@@ -118,6 +120,9 @@ class FakePool:
         self.cancelled: asyncio.Queue[str] = asyncio.Queue()
         self.alive: asyncio.Queue[str] = asyncio.Queue()
         self.damage_files = False
+        self.asked = asyncio.Event()
+        self.may_admit = asyncio.Event()
+        self.may_admit.set()
         self._step = 0
         self._answers: set[asyncio.Task[None]] = set()
 
@@ -211,6 +216,8 @@ class FakePool:
             await asyncio.gather(*self._answers, return_exceptions=True)
 
     async def _submit(self, submit: SubmitSequence) -> Message:
+        self.asked.set()
+        await self.may_admit.wait()
         refused = self.refusal(submit)
         if refused is not None:
             return refused
@@ -239,20 +246,13 @@ class FakePool:
         if self.damage_files:
             data = b"x" + data[1:]
         # Base64Bytes decodes what it is given, so the message is made from what goes on the wire
-        return FileChunk.model_validate({"data": _base64(data)})
-
-
-def _base64(data: bytes) -> bytes:
-    import base64  # noqa: PLC0415
-
-    return base64.b64encode(data)
+        return FileChunk.model_validate({"data": base64.b64encode(data)})
 
 
 @contextlib.asynccontextmanager
 async def fake_pool(
     bus: NatsBus, folder: Path, *, chat_template: str | None = CHAT_TEMPLATE
 ) -> AsyncIterator[FakePool]:
-    folder.mkdir(exist_ok=True)
     tokenizer = make_tokenizer(folder, chat_template=chat_template)
     pool = FakePool(bus, folder, tokenizer, make_card(folder, tokenizer.get_vocab_size()))
     async with pool.running():
@@ -266,7 +266,7 @@ async def running_gateway(server: EmbeddedServer, **settings: Any) -> AsyncItera
     stop = asyncio.Event()
     chosen = GatewaySettings(nats_url=server.url, port=port, stop_grace_s=0.2, **settings)
     async with asyncio.TaskGroup() as group:
-        group.create_task(serve_gateway(chosen, stop))
+        group.create_task(serve_gateway(chosen, stop, listen(chosen.host, chosen.port)))
         try:
             async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
                 yield client

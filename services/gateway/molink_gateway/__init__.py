@@ -12,9 +12,14 @@
 - ``replies``          answers in OpenAI's shapes (pure)
 - ``model_files``      fetching the tokenizer's files from a worker
 - ``cluster``          the scheduler's state, and the model that follows it
+- ``preparation``      from a request to prompts, options and the reply's shape
 - ``inbox``            putting one sequence's tokens in order (pure)
+- ``mailbox``          where a request's tokens wait, and for how long
 - ``sequences``        the life of sequences: submit, tokens, failure, cancel
+- ``request_body``     reading a body within its limits
 - ``exchange``         one HTTP answer: stream or whole, and a client that hangs up
 - ``access_log``       request ids, one log line a request, the last net for errors
 - ``app``              the routes
+- ``listening``        the socket
+- ``server``           everything together, and its end
 """

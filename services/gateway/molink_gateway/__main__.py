@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from molink_common.service import run_service
+from molink_gateway.listening import listen
 from molink_gateway.settings import GatewaySettings
 
 
@@ -24,9 +25,10 @@ def keep_torch_out() -> None:
 
 
 async def _serve(settings: GatewaySettings, stop: asyncio.Event) -> None:
-    from molink_gateway.server import serve  # noqa: PLC0415  imports transformers, which must not find torch
+    opened = listen(settings.host, settings.port)
+    from molink_gateway.server import serve  # noqa: PLC0415  imports transformers: slow, and must not find torch
 
-    await serve(settings, stop)
+    await serve(settings, stop, opened)
 
 
 def main(arguments: Sequence[str]) -> int:

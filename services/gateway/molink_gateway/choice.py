@@ -36,10 +36,17 @@ class Delta:
     text: str = ""
     logprobs: tuple[LogprobEntry, ...] = ()
     finish: FinishReason | None = None
+    tokens: tuple[int, ...] = ()
+    """All that were generated, also those without text."""
 
     def joined(self, later: Delta) -> Delta:
         """This and what came after it."""
-        return Delta(self.text + later.text, self.logprobs + later.logprobs, later.finish or self.finish)
+        return Delta(
+            self.text + later.text,
+            self.logprobs + later.logprobs,
+            later.finish or self.finish,
+            self.tokens + later.tokens,
+        )
 
 
 class Choice:
@@ -89,7 +96,7 @@ class Choice:
             text += self._stops.flush()
             self.finish = event.finish
         self._num_told += len(text)
-        return Delta(text, self._entries_told(), self.finish)
+        return Delta(text, self._entries_told(), self.finish, (event.token,))
 
     def _entry(self, event: TokenEvent, logprob: float) -> LogprobEntry:
         return LogprobEntry(

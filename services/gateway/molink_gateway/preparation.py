@@ -50,10 +50,8 @@ async def prepare_chat(
     text = model.tokenizer.render(request.turns())
     prompt = await _encode(model, text, add_special_tokens=False, field="messages")
     options = _options(request, model, prompt, default_tokens=None, prompt_field="messages")
-    head = _head("chatcmpl-", request, model)
-    return _prepared(
-        request, model, [(prompt, one) for one in options], ChatReply(head), len(prompt), request_id, gateway, trace
-    )
+    reply = ChatReply(_head("chatcmpl-", request, model), told_prompt=prompt if request.return_token_ids else None)
+    return _prepared(request, model, [(prompt, one) for one in options], reply, len(prompt), request_id, gateway, trace)
 
 
 async def prepare_completion(
@@ -86,7 +84,8 @@ async def prepare_completion(
         echo = "" if not request.echo else given if isinstance(given, str) else model.tokenizer.decode(prompt)
         echoes += [echo] * len(options)
         num_prompt_tokens += len(prompt)
-    reply = CompletionReply(_head("cmpl-", request, model), echoes)
+    told_prompts = [prompt for prompt, _ in orders] if request.return_token_ids else None
+    reply = CompletionReply(_head("cmpl-", request, model), echoes, told_prompts=told_prompts)
     return _prepared(request, model, orders, reply, num_prompt_tokens, request_id, gateway, trace)
 
 

@@ -26,12 +26,14 @@ class Answer:
     text: str = ""
     logprobs: list[LogprobEntry] = field(default_factory=list)
     finish: FinishReason | None = None
+    tokens: list[int] = field(default_factory=list)
 
     def add(self, delta: Delta) -> None:
         """Append what came."""
         self.text += delta.text
         self.logprobs += delta.logprobs
         self.finish = delta.finish or self.finish
+        self.tokens += delta.tokens
 
 
 def usage_of(num_prompt_tokens: int, num_completion_tokens: int) -> Chunk:
@@ -88,18 +90,26 @@ class ReplyHead:
 class ChatReply:
     """Answers to ``/v1/chat/completions``."""
 
-    def __init__(self, head: ReplyHead) -> None:
+    def __init__(self, head: ReplyHead, *, told_prompt: Sequence[int] | None = None) -> None:
         self._head = head
+        self._told_prompt = told_prompt
 
     def opening(self, choice: int) -> list[Chunk]:
         """See `Reply.opening`: the role."""
-        return [self._chunk(choice, {"role": "assistant", "content": ""})]
+        chunk = self._chunk(choice, {"role": "assistant", "content": ""})
+        if self._told_prompt is not None:
+            chunk["prompt_token_ids"] = self._told_prompt
+        return [chunk]
 
     def chunks(self, choice: int, delta: Delta) -> list[Chunk]:
         """See `Reply.chunks`."""
         chunks: list[Chunk] = []
-        if delta.text or delta.logprobs:
-            chunks.append(self._chunk(choice, {"content": delta.text}, logprobs=_chat_logprobs(delta.logprobs)))
+        tells_tokens = self._told_prompt is not None
+        if delta.text or delta.logprobs or (tells_tokens and delta.tokens):
+            chunk = self._chunk(choice, {"content": delta.text}, logprobs=_chat_logprobs(delta.logprobs))
+            if tells_tokens:
+                chunk["choices"][0]["token_ids"] = delta.tokens
+            chunks.append(chunk)
         if delta.finish is not None:
             chunks.append(self._chunk(choice, {}, finish=delta.finish.value))
         return chunks
@@ -119,7 +129,12 @@ class ChatReply:
             }
             for index, answer in enumerate(answers)
         ]
-        return {**self._head.chunk("chat.completion", choices), "usage": usage}
+        reply = {**self._head.chunk("chat.completion", choices), "usage": usage}
+        if self._told_prompt is not None:
+            reply["prompt_token_ids"] = self._told_prompt
+            for choice, answer in zip(choices, answers, strict=True):
+                choice["token_ids"] = answer.tokens
+        return reply
 
     def _chunk(self, choice: int, delta: Chunk, *, logprobs: Chunk | None = None, finish: str | None = None) -> Chunk:
         return self._head.chunk(
@@ -131,19 +146,30 @@ class ChatReply:
 class CompletionReply:
     """Answers to ``/v1/completions``; `echoes` stand before the choices' own text."""
 
-    def __init__(self, head: ReplyHead, echoes: Sequence[str]) -> None:
+    def __init__(
+        self, head: ReplyHead, echoes: Sequence[str], *, told_prompts: Sequence[Sequence[int]] | None = None
+    ) -> None:
         self._head = head
         self._echoes = echoes
+        self._told_prompts = told_prompts
 
     def opening(self, choice: int) -> list[Chunk]:
         """See `Reply.opening`: the prompt, if it is to be echoed."""
+        if self._told_prompts is not None:
+            chunk = self._chunk(choice, self._echoes[choice])
+            chunk["choices"][0]["prompt_token_ids"] = self._told_prompts[choice]
+            return [chunk]
         return [self._chunk(choice, self._echoes[choice])] if self._echoes[choice] else []
 
     def chunks(self, choice: int, delta: Delta) -> list[Chunk]:
         """See `Reply.chunks`."""
         chunks: list[Chunk] = []
-        if delta.text or delta.logprobs:
-            chunks.append(self._chunk(choice, delta.text, logprobs=_completion_logprobs(delta.logprobs)))
+        tells_tokens = self._told_prompts is not None
+        if delta.text or delta.logprobs or (tells_tokens and delta.tokens):
+            chunk = self._chunk(choice, delta.text, logprobs=_completion_logprobs(delta.logprobs))
+            if tells_tokens:
+                chunk["choices"][0]["token_ids"] = delta.tokens
+            chunks.append(chunk)
         if delta.finish is not None:
             chunks.append(self._chunk(choice, "", finish=delta.finish.value))
         return chunks
@@ -163,6 +189,10 @@ class CompletionReply:
             }
             for index, answer in enumerate(answers)
         ]
+        if self._told_prompts is not None:
+            for choice, answer, prompt in zip(choices, answers, self._told_prompts, strict=True):
+                choice["prompt_token_ids"] = prompt
+                choice["token_ids"] = answer.tokens
         return {**self._head.chunk("text_completion", choices), "usage": usage}
 
     def _chunk(self, choice: int, text: str, *, logprobs: Chunk | None = None, finish: str | None = None) -> Chunk:

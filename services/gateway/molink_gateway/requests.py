@@ -61,6 +61,8 @@ class GenerationFields(Fields):
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     ignore_eos: bool | None = None
     user: str | None = None
+    return_token_ids: bool | None = None
+    """vLLM's: tell the token ids of prompt and answer beside the text."""
 
     @property
     def num_choices(self) -> int:

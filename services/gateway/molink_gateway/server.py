@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import uvicorn
 
 from molink_common.bus import open_bus
-from molink_common.errors import SettingsError
 from molink_common.identity import new_peer_id
 from molink_common.logs import get_logger
 from molink_common.telemetry import open_telemetry
@@ -38,40 +37,13 @@ class _Server(uvicorn.Server):  # type: ignore[misc]
         yield
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket.
+async def serve(settings: GatewaySettings, stop: asyncio.Event, opened: socket.socket) -> None:
+    """Serve HTTP on a listening socket until `stop` is set; open requests then get `stop_grace_s` to finish.
 
     Raises:
-        SettingsError: the port is taken or the address is not of this machine.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        opened = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise SettingsError(f"--host: cannot listen on {host}: {error}") from error
-    try:
-        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        opened.bind(address)
-        opened.listen(2048)
-        opened.setblocking(False)
-    except OSError as error:
-        opened.close()
-        raise SettingsError(
-            f"--port: cannot listen on {host}:{port}: {error.strerror}. Stop what uses it, or choose another port."
-        ) from error
-    return opened
-
-
-async def serve(settings: GatewaySettings, stop: asyncio.Event) -> None:
-    """Serve HTTP until `stop` is set; open requests then get `stop_grace_s` to finish.
-
-    Raises:
-        SettingsError: the port is taken.
         BusUnavailable: no NATS.
     """
-    with contextlib.closing(listen(settings.host, settings.port)) as opened:
+    with contextlib.closing(opened):
         port = opened.getsockname()[1]
         gateway = settings.gateway_id or new_peer_id("gateway")
         telemetry = open_telemetry(
