@@ -96,6 +96,8 @@ class Pipeline:
     """While LOADING or READY."""
     placement: Placement | None = None
     """The last one that was computed, for its reasons."""
+    refused_for: tuple[object, ...] | None = None
+    """What the last placement that failed was computed from: it need not be computed again."""
     accepted_s: dict[str, float] = field(default_factory=dict)
     """When each worker of the layout took its stage."""
     lost_s: float | None = None

@@ -27,8 +27,12 @@ LOAD_STALLED_S = 600.0
 """A stage that gets on with loading no more."""
 UNREPORTED_S = 3.0
 """How long after a worker took its stage the heartbeats may not speak of it."""
-BARRED_S = 30.0
-"""How long a worker that failed is left out."""
+FAILED_BARRED_S = 30.0
+"""How long a worker whose stage failed is left out."""
+REFUSED_BARRED_S = 5.0
+"""How long a worker that did not take its stage is left out."""
+REGROUP_S = 10.0
+"""How long a lost pipeline that nobody waits for is given to find as many workers as it is to have."""
 RELEASE_AGAIN_S = 5.0
 EPOCH_TIMEOUT_S = 15.0
 
@@ -59,7 +63,7 @@ def assign_answered(books: Books, name: str, epoch: int, problem: str | None, no
     if problem is None:
         books.pipeline.accepted_s[name] = now_s
     else:
-        _bar(worker, f"it refused its stage: {problem}", now_s)
+        _bar(worker, f"it did not take its stage: {problem}", now_s + REFUSED_BARRED_S)
 
 
 def forget_silent(books: Books, now_s: float) -> Iterator[Instruction]:
@@ -77,7 +81,7 @@ def plan(books: Books, now_s: float) -> Iterator[Instruction]:
     if fit != pipeline.fit:
         pipeline.fit, pipeline.fit_since_s = fit, now_s
         if pipeline.phase is PipelinePhase.WAITING:
-            pipeline.placement = None
+            pipeline.placement, pipeline.refused_for = None, None
     match pipeline.phase:
         case PipelinePhase.WAITING:
             yield from _form_when_settled(books, now_s)
@@ -105,7 +109,7 @@ def epoch_taken(books: Books, epoch: int, now_s: float) -> Iterator[Instruction]
     if not workers:
         pipeline.move(PipelinePhase.WAITING, now_s)
         return
-    placement, dtype, card = place_over(books, workers, at_least=_least_stages(books))
+    placement, dtype, card = place_over(books, workers, at_least=_least_stages(books, now_s))
     pipeline.placement = placement
     if not placement.pipelines:
         pipeline.move(PipelinePhase.WAITING, now_s)
@@ -162,32 +166,46 @@ def restore(books: Books, layout: PipelineRecord, now_s: float) -> None:
 
 def _form_when_settled(books: Books, now_s: float) -> Iterator[Instruction]:
     pipeline, stages = books.pipeline, books.settings.stages
-    if not pipeline.fit or (pipeline.placement is not None and not pipeline.placement.pipelines):
+    if not pipeline.fit:
         return
     is_settled = now_s - pipeline.fit_since_s >= books.settings.settle_s
     is_complete = stages != "auto" and len(pipeline.fit) >= stages
-    if not (is_settled or is_complete or pipeline.lost_s is not None):
+    if not (is_settled or is_complete or _is_urgent(books)):
         return
-    pipeline.placement, _, _ = place_over(books, fit_workers(books, now_s), at_least=_least_stages(books))
+    at_least = _least_stages(books, now_s)
+    if len(pipeline.fit) < at_least and pipeline.lost_s is not None:
+        return
+    workers = fit_workers(books, now_s)
+    asked = (at_least, *((worker.name, worker.heartbeat.memory_bytes) for worker in workers))
+    if asked == pipeline.refused_for:
+        return
+    pipeline.placement, _, _ = place_over(books, workers, at_least=at_least)
     if pipeline.placement.pipelines:
         pipeline.move(PipelinePhase.FORMING, now_s)
         yield TakeEpoch(books.highest_epoch)
     else:
+        pipeline.refused_for = asked
         yield BroadcastState()
 
 
-def _least_stages(books: Books) -> int:
-    """A pipeline that has served goes on with whoever is left; the first one waits for as many as asked for."""
-    if books.settings.stages == "auto" or books.pipeline.lost_s is not None:
+def _is_urgent(books: Books) -> bool:
+    """Whether somebody waits for a pipeline that was lost."""
+    return books.pipeline.lost_s is not None and bool(books.sequences)
+
+
+def _least_stages(books: Books, now_s: float) -> int:
+    """The first pipeline waits for as many as asked for; one that was lost goes on with whoever is left."""
+    if books.settings.stages == "auto" or _is_urgent(books):
         return 1
-    return books.settings.stages
+    lost_s = books.pipeline.lost_s
+    return 1 if lost_s is not None and now_s - lost_s >= REGROUP_S else books.settings.stages
 
 
 def _become_ready(books: Books, now_s: float) -> Iterator[Instruction]:
     pipeline = books.pipeline
     pipeline.move(PipelinePhase.READY, now_s)
     pipeline.lost_s, pipeline.lost_because = None, ""
-    pipeline.stepped_s = now_s
+    pipeline.stepped_s = books.compared_s = now_s
     yield BroadcastState()
     if any(sequence.is_restored for sequence in books.sequences.values()):
         yield from sequence_desk.ask_head(books, now_s)
@@ -200,7 +218,7 @@ def _lose(books: Books, reason: str, now_s: float) -> Iterator[Instruction]:
         pipeline.lost_s = now_s
     pipeline.lost_because = reason
     pipeline.move(PipelinePhase.WAITING, now_s)
-    pipeline.layout, pipeline.placement = None, None
+    pipeline.layout, pipeline.placement, pipeline.refused_for = None, None, None
     sequence_desk.pipeline_lost(books, now_s)
     fit = tuple(worker.name for worker in fit_workers(books, now_s))
     pipeline.fit, pipeline.fit_since_s = fit, now_s
@@ -239,10 +257,10 @@ def _problem_of_stage(  # noqa: PLR0911  a chain of small questions
         if accepted_s is not None and worker.heard_s >= accepted_s + UNREPORTED_S:
             return "it does not report the stage that it was given"
     elif report.phase is StagePhase.FAILED:
-        _bar(worker, f"its stage failed: {report.problem or 'it does not say why'}", now_s)
+        _bar(worker, f"its stage failed: {report.problem or 'it does not say why'}", now_s + FAILED_BARRED_S)
         return worker.barred_because
     elif report.phase is StagePhase.LOADING and now_s - worker.progress_s >= LOAD_STALLED_S:
-        _bar(worker, f"loading has stood still for {LOAD_STALLED_S:g} s", now_s)
+        _bar(worker, f"loading has stood still for {LOAD_STALLED_S:g} s", now_s + FAILED_BARRED_S)
         return worker.barred_because
     if beat.leaving and _can_do_without(books, worker, now_s):
         return "it is leaving"
@@ -299,8 +317,8 @@ def _release_if_unneeded(books: Books, worker: Worker, now_s: float) -> Iterator
         yield ReleaseStageOf(worker.name, stage.pipeline)
 
 
-def _bar(worker: Worker, because: str, now_s: float) -> None:
-    worker.barred_until_s, worker.barred_because = now_s + BARRED_S, because
+def _bar(worker: Worker, because: str, until_s: float) -> None:
+    worker.barred_until_s, worker.barred_because = until_s, because
 
 
 def _loading(beat: Heartbeat) -> object:

@@ -178,6 +178,7 @@ def tokens(books: Books, step: StepTokens, now_s: float) -> Iterator[Instruction
             yield from _end(books, sequence, now_s)
             continue
         sequence.attempts = 0
+        yield from _confirm(sequence, step.epoch, now_s)
         if event.index == len(sequence.generated):
             sequence.generated.append(event.token)
             yield AppendTokens(event.sequence, event.index, (event.token,))
@@ -230,7 +231,8 @@ def time_passed(books: Books, now_s: float) -> Iterator[Instruction]:
                 )
                 yield from _fail(books, sequence, problem, now_s)
     is_any_running = any(one.phase is SequencePhase.RUNNING for one in books.sequences.values())
-    if is_any_running and now_s - books.compared_s >= COMPARE_EVERY_S:
+    is_deaf = books.deaf_until_s == now_s
+    if is_any_running and not is_deaf and now_s - books.compared_s >= COMPARE_EVERY_S:
         yield from ask_head(books, now_s)
 
 
@@ -259,6 +261,8 @@ def compare(books: Books, held: SequencesHeld, asked_at_s: float, now_s: float) 
             sequence.is_restored = False
         elif sequence.is_restored:
             yield from _end(books, sequence, now_s)
+        elif sequence.attempts >= START_ATTEMPTS:
+            yield from _fail(books, sequence, "the head loses it again and again", now_s)
         else:
             sequence.move(SequencePhase.WAITING, now_s)
             sequence.confirmed_s = None
