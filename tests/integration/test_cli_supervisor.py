@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from molink.embedded import free_port
+from molink.leash import Leash
 from molink.parts import Kind, Part, RestartPolicy
 from molink.supervisor import PartFailed, Supervisor, supervise
 
@@ -23,6 +24,12 @@ SLEEP = "import time; time.sleep(60)"
 def python_part(folder: Path, name: str, code: str, kind: Kind = Kind.WORKER, port: int | None = None) -> Part:
     command = (sys.executable, "-I", "-S", "-c", textwrap.dedent(code))
     return Part(name=name, kind=kind, command=command, log=folder / f"{name}.log", port=port, stop_timeout_s=1.0)
+
+
+@pytest.fixture
+def leash() -> Iterator[Leash]:
+    with Leash() as held:
+        yield held
 
 
 def is_alive(pid: int) -> bool:
@@ -46,8 +53,8 @@ def find_failure(group: BaseExceptionGroup[BaseException]) -> PartFailed:
     return failure
 
 
-async def test_parts_run_and_have_ended_afterwards(tmp_path: Path) -> None:
-    async with supervise(say=print) as supervisor:
+async def test_parts_run_and_have_ended_afterwards(tmp_path: Path, leash: Leash) -> None:
+    async with supervise(say=print, leash=leash) as supervisor:
         await supervisor.start(python_part(tmp_path, "a", SLEEP))
         await supervisor.start(python_part(tmp_path, "b", SLEEP, Kind.GATEWAY))
         pids = supervisor.process_ids
@@ -56,7 +63,7 @@ async def test_parts_run_and_have_ended_afterwards(tmp_path: Path) -> None:
     assert not any(is_alive(pid) for pid in pids.values())
 
 
-async def test_parts_stop_in_order(tmp_path: Path) -> None:
+async def test_parts_stop_in_order(tmp_path: Path, leash: Leash) -> None:
     order = tmp_path / "order"
     code = """
         import signal, sys
@@ -67,7 +74,7 @@ async def test_parts_stop_in_order(tmp_path: Path) -> None:
         open({ready!r}, "w").close()
         signal.pause()
     """
-    async with supervise(say=print) as supervisor:
+    async with supervise(say=print, leash=leash) as supervisor:
         for name, kind in (("scheduler", Kind.SCHEDULER), ("gateway", Kind.GATEWAY), ("worker", Kind.WORKER)):
             ready = tmp_path / f"{name}.ready"
             text = code.format(order=str(order), name=name, ready=str(ready))
@@ -76,7 +83,7 @@ async def test_parts_stop_in_order(tmp_path: Path) -> None:
     assert order.read_text().split() == ["gateway", "worker", "scheduler"]
 
 
-async def test_a_part_that_ignores_the_signal_is_killed_with_what_it_started(tmp_path: Path) -> None:
+async def test_a_part_that_ignores_the_signal_is_killed_with_what_it_started(tmp_path: Path, leash: Leash) -> None:
     note = tmp_path / "grandchild"
     code = f"""
         import signal, subprocess, sys, os
@@ -86,7 +93,7 @@ async def test_a_part_that_ignores_the_signal_is_killed_with_what_it_started(tmp
         os.rename({str(note) + ".part"!r}, {str(note)!r})
         signal.pause()
     """
-    async with supervise(say=print) as supervisor:
+    async with supervise(say=print, leash=leash) as supervisor:
         await supervisor.start(python_part(tmp_path, "stubborn", code))
         pid = supervisor.process_ids["stubborn"]
         await until(note.exists)
@@ -94,9 +101,9 @@ async def test_a_part_that_ignores_the_signal_is_killed_with_what_it_started(tmp
     await until(lambda: not is_alive(int(note.read_text())))
 
 
-async def test_an_end_before_all_is_up_is_a_failure_with_the_last_words(tmp_path: Path) -> None:
+async def test_an_end_before_all_is_up_is_a_failure_with_the_last_words(tmp_path: Path, leash: Leash) -> None:
     with pytest.raises(ExceptionGroup) as caught:
-        async with supervise(say=print) as supervisor:
+        async with supervise(say=print, leash=leash) as supervisor:
             await supervisor.start(python_part(tmp_path, "bad", "raise RuntimeError('no such model')"))
             await asyncio.sleep(10)
     message = str(find_failure(caught.value))
@@ -104,10 +111,10 @@ async def test_an_end_before_all_is_up_is_a_failure_with_the_last_words(tmp_path
     assert str(tmp_path / "bad.log") in message
 
 
-async def test_a_program_that_does_not_exist_is_a_failure(tmp_path: Path) -> None:
+async def test_a_program_that_does_not_exist_is_a_failure(tmp_path: Path, leash: Leash) -> None:
     part = Part(name="gone", kind=Kind.NATS, command=("/does/not/exist",), log=tmp_path / "gone.log")
     with pytest.raises(ExceptionGroup) as caught:
-        async with supervise(say=print) as supervisor:
+        async with supervise(say=print, leash=leash) as supervisor:
             await supervisor.start(part)
     assert "gone cannot be started" in str(find_failure(caught.value))
 
@@ -120,9 +127,9 @@ async def killed(supervisor: Supervisor, name: str) -> int:
     return supervisor.process_ids[name]
 
 
-async def test_a_killed_part_is_started_again_and_said(tmp_path: Path) -> None:
+async def test_a_killed_part_is_started_again_and_said(tmp_path: Path, leash: Leash) -> None:
     lines: list[str] = []
-    async with supervise(say=lines.append, policy=RestartPolicy(first_pause_s=0.01)) as supervisor:
+    async with supervise(say=lines.append, leash=leash, policy=RestartPolicy(first_pause_s=0.01)) as supervisor:
         await supervisor.start(python_part(tmp_path, "worker 1", SLEEP))
         supervisor.settle()
         successor = await killed(supervisor, "worker 1")
@@ -131,12 +138,12 @@ async def test_a_killed_part_is_started_again_and_said(tmp_path: Path) -> None:
     assert lines == [f"worker 1 was killed by signal 9; starting it again (log: {tmp_path / 'worker 1.log'})"]
 
 
-async def test_the_last_worker_may_not_stay_away(tmp_path: Path) -> None:
+async def test_the_last_worker_may_not_stay_away(tmp_path: Path, leash: Leash) -> None:
     lines: list[str] = []
     code = "import time; time.sleep(0.3)"  # long enough to be settled first
     policy = RestartPolicy(most=1, first_pause_s=0.01)
     with pytest.raises(ExceptionGroup) as caught:
-        async with supervise(say=lines.append, policy=policy) as supervisor:
+        async with supervise(say=lines.append, leash=leash, policy=policy) as supervisor:
             await supervisor.start(python_part(tmp_path, "worker 1", code))
             await supervisor.start(python_part(tmp_path, "worker 2", code))
             supervisor.settle()
@@ -145,7 +152,7 @@ async def test_the_last_worker_may_not_stay_away(tmp_path: Path) -> None:
     assert sum("stays away" in line for line in lines) == 1
 
 
-async def test_start_waits_for_the_port(tmp_path: Path) -> None:
+async def test_start_waits_for_the_port(tmp_path: Path, leash: Leash) -> None:
     port = free_port()
     code = f"""
         import socket, time
@@ -153,7 +160,7 @@ async def test_start_waits_for_the_port(tmp_path: Path) -> None:
         server = socket.create_server(("127.0.0.1", {port}))
         time.sleep(60)
     """
-    async with supervise(say=print) as supervisor:
+    async with supervise(say=print, leash=leash) as supervisor:
         await supervisor.start(python_part(tmp_path, "server", code, Kind.GATEWAY, port))
         _, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.close()
@@ -164,11 +171,13 @@ async def test_children_die_with_a_supervisor_that_is_killed(tmp_path: Path) -> 
     code = f"""
         import asyncio, os, sys
         from pathlib import Path
+        from molink.leash import Leash
         from molink.parts import Kind, Part
         from molink.supervisor import supervise
 
         async def main():
-            async with supervise(say=print) as supervisor:
+          with Leash() as leash:
+            async with supervise(say=print, leash=leash) as supervisor:
                 command = (sys.executable, "-I", "-S", "-c", {SLEEP!r})
                 part = Part(name="a", kind=Kind.WORKER, command=command, log=Path({str(note)!r} + ".log"))
                 await supervisor.start(part)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import orjson
 import pytest
 
-from molink.device_probe import read_device
 from molink.openai_stream import ApiError, Delta, Finished, read_event, response_error
-from molink.prepare import Prepared, Working, read_report
-from molink_common.errors import ModelError, MolinkError
+from molink.prepare import Device, Working, read_report
+from molink_common.errors import ModelError
 from molink_common.messages import Dtype, ModelCard
 
 CARD = ModelCard(
@@ -38,10 +35,10 @@ def test_progress_of_the_model_child() -> None:
 
 def test_the_last_line_of_the_model_child() -> None:
     line = orjson.dumps({"card": CARD.model_dump(mode="json"), "folder": "/m"}).decode()
-    assert read_report(line) == Prepared(CARD, "/m")
+    assert read_report(line) == CARD
     with pytest.raises(ModelError, match="there is no file"):
         read_report('{"error": "there is no file"}')
-    with pytest.raises(ModelError, match="card"):
+    with pytest.raises(ModelError, match="cannot be read"):
         read_report('{"card": {"name": "x"}, "folder": "/m"}')
 
 
@@ -80,12 +77,10 @@ def test_errors_of_the_endpoint_are_told_in_its_words() -> None:
     assert str(response_error(500, b"")) == "no explanation (HTTP 500)"
 
 
-def test_what_the_device_child_prints(tmp_path: Path) -> None:
-    log = tmp_path / "device.log"
+def test_the_device_that_the_child_names_first() -> None:
     line = '{"device": "cpu", "name": "x", "memory_bytes": 7, "native_dtypes": ["bfloat16", "float32"]}'
-    assert read_device(f"noise\n{line}\n", log).native_dtypes[0] is Dtype.BFLOAT16
-    with pytest.raises(MolinkError, match=r"^no CUDA here$"):
-        read_device('{"error": "no CUDA here"}', log)
-    log.write_text("Traceback\nImportError: libtorch is broken\n")
-    with pytest.raises(MolinkError, match=r"ImportError: libtorch is broken \(log: "):
-        read_device("", log)
+    device = read_report(line)
+    assert isinstance(device, Device)
+    assert device.native_dtypes == (Dtype.BFLOAT16, Dtype.FLOAT32)
+    with pytest.raises(ModelError, match="cannot be read"):
+        read_report('{"device": "cpu"}')

@@ -142,25 +142,30 @@ def state(*workers: WorkerState, ready: bool = False) -> ClusterState:
     return ClusterState(ready=ready, reason="ready" if ready else "stages are loading", workers=workers)
 
 
-def test_only_what_changed_is_news() -> None:
-    first = state(worker("a", phase=StagePhase.LOADING), worker("b", role="preparing"))
-    second = state(worker("a", phase=StagePhase.READY), worker("b", role="preparing"))
-    assert news(None, first) == ["a: loading layers 0 to 14", "b: preparing"]
-    assert news(first, first) == []
-    assert news(first, second) == ["a: layers 0 to 14 ready on cpu"]
+NAMES = {"a": "worker 1", "b": "worker 2"}
 
 
-def test_a_worker_that_cannot_serve_ends_the_waiting() -> None:
-    assert hopeless(state(worker("a", phase=StagePhase.LOADING))) is None
-    assert hopeless(state(worker("a", role="preparing"))) is None
-    unfit = hopeless(state(worker("a", role="unfit", reason="no such model")))
-    assert unfit == "a cannot serve: no such model"
-    failed = hopeless(state(worker("a", phase=StagePhase.FAILED, problem="out of memory")))
-    assert failed == "a cannot load its layers: out of memory"
+def test_only_what_changed_on_our_workers_is_news() -> None:
+    stranger = worker("elsewhere", phase=StagePhase.LOADING)
+    first = state(worker("a", phase=StagePhase.LOADING), worker("b", role="preparing"), stranger)
+    second = state(worker("a", phase=StagePhase.READY), worker("b", phase=StagePhase.LOADING))
+    assert news(None, first, NAMES) == [("worker 1", "loading layers 0 to 14")]
+    assert news(first, first, NAMES) == []
+    assert news(first, second, NAMES) == [("worker 1", "layers 0 to 14 ready"), ("worker 2", "loading layers 0 to 14")]
+
+
+def test_a_worker_of_ours_that_cannot_serve_ends_the_waiting() -> None:
+    assert hopeless(state(worker("a", phase=StagePhase.LOADING)), NAMES) is None
+    assert hopeless(state(worker("a", role="preparing")), NAMES) is None
+    unfit = worker("a", role="unfit", reason="no such model")
+    assert hopeless(state(unfit), NAMES) == "worker 1 cannot serve: no such model"
+    assert hopeless(state(unfit), {}) is None
+    failed = hopeless(state(worker("a", phase=StagePhase.FAILED, problem="out of memory")), NAMES)
+    assert failed == "worker 1 cannot load its layers: out of memory"
 
 
 def test_what_is_missing_names_everything_that_is_not_ready() -> None:
-    assert still_missing(None, 2) == "the scheduler says nothing yet"
-    text = still_missing(state(worker("a", phase=StagePhase.LOADING)), 2)
-    assert text == "1 of 2 workers have joined; a is loading 40%"
-    assert still_missing(state(worker("a", phase=StagePhase.READY)), 1) == "stages are loading"
+    assert still_missing(None, NAMES) == "the scheduler says nothing yet"
+    text = still_missing(state(worker("a", phase=StagePhase.LOADING)), NAMES)
+    assert text == "worker 2 has not joined; worker 1 is loading 40%"
+    assert still_missing(state(worker("a", phase=StagePhase.READY)), {"a": "worker 1"}) == "stages are loading"

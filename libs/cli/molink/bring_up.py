@@ -14,20 +14,21 @@ from pathlib import Path
 
 import httpx
 from rich.console import Console
+from rich.markup import escape
 
 from molink import embedded
-from molink.device_probe import Device, probe_device
 from molink.folders import cache_folder, locks_folder, new_run_folder
+from molink.leash import Leash
 from molink.lock import Holder, hold
 from molink.memory import share_for_each, show_size, weight_bytes, what_is_lacking
 from molink.parts import Kind, Part
-from molink.plan import UpOptions, service_parts
-from molink.prepare import prepare_model
+from molink.plan import UpOptions, service_parts, worker_names
+from molink.prepare import Device, prepare
 from molink.readiness import hopeless, news, still_missing
 from molink.sample import QUESTION, ask_sample
 from molink.supervisor import Supervisor, supervise
 from molink_common import __version__, messages, subjects
-from molink_common.bus import BusSettings, Incoming, open_bus
+from molink_common.bus import Bus, BusSettings, Incoming, open_bus
 from molink_common.errors import MolinkError, ProtocolError
 from molink_common.messages import ClusterState, Dtype, ModelCard
 
@@ -54,15 +55,21 @@ async def bring_up(options: UpOptions, console: Console, progress: Progress) -> 
         MolinkError (alone or in a group): one sentence says why it did not come up, or did not stay up.
     """
     cache = cache_folder()
-    with hold(locks_folder(cache), Holder(pid=os.getpid(), port=options.port, url=options.url)):
+    holder = Holder(pid=os.getpid(), port=options.port, url=options.url)
+    with hold(locks_folder(cache), holder), Leash() as leash:
         _refuse_taken_port(options)
         _refuse_missing_servers(options)
         logs = options.log_folder or new_run_folder(cache, options.port)
         logs.mkdir(parents=True, exist_ok=True)
-        console.print(f"MoLink {__version__}: {options.model} on {options.workers} workers (logs: {logs})")
-        card, device = await _prepare(options, logs, console)
+        console.print(
+            f"MoLink {__version__}: {options.model} on {options.workers} workers (logs: {logs})", markup=False
+        )
+        card, device = await prepare(
+            options.model, options.device, log=logs / "model.log", leash=leash, console=console
+        )
         memory_bytes = _memory_for_each(options, card, device)
-        async with supervise(say=lambda line: console.print(line, markup=False)) as supervisor:
+        _say_model(console, card, device, _dtype(options, device))
+        async with supervise(say=lambda line: console.print(line, markup=False), leash=leash) as supervisor:
             progress.supervisor = supervisor
             nats_url, redis_url = await _start_servers(options, supervisor, logs, console)
             parts = service_parts(
@@ -101,19 +108,6 @@ def _refuse_missing_servers(options: UpOptions) -> None:
         embedded.find_nats_server()
     if options.redis_url is None:
         embedded.find_redis_server()
-
-
-async def _prepare(options: UpOptions, logs: Path, console: Console) -> tuple[ModelCard, Device]:
-    """The model's card and the device. Both take seconds of imports, so they are asked for at the same time."""
-    async with asyncio.TaskGroup() as group:
-        probing = group.create_task(probe_device(options.device, log=logs / "device.log"))
-        prepared = await prepare_model(options.model, log=logs / "model.log", console=console)
-    card, device = prepared.card, probing.result()
-    dtype = _dtype(options, device)
-    size = show_size(weight_bytes(card, dtype))
-    _say_part(console, "model", f"{card.name}: {card.num_layers} layers, {size} in {dtype}")
-    _say_part(console, "device", f"{device.device} ({device.name})")
-    return card, device
 
 
 def _dtype(options: UpOptions, device: Device) -> Dtype:
@@ -157,40 +151,45 @@ async def _until_ready(options: UpOptions, nats_url: str, console: Console) -> N
     Raises:
         DidNotComeUp: it never will be, or not within `ready_timeout_s`.
     """
-    states: asyncio.Queue[ClusterState] = asyncio.Queue(maxsize=1)
+    names = worker_names(options)
     last: ClusterState | None = None
-    said_scheduler = False
-
-    async def take(incoming: Incoming) -> None:
-        try:
-            state = messages.decode(incoming.data, ClusterState)
-        except ProtocolError:
-            return  # a scheduler of another version on a server that is not ours
-        if states.full():
-            states.get_nowait()  # only the newest counts
-        states.put_nowait(state)
-
     try:
         async with (
             asyncio.timeout(options.ready_timeout_s),
             open_bus(BusSettings(url=nats_url, connect_timeout_s=10), name="molink-up") as bus,
         ):
-            await bus.subscribe(subjects.STATE, take)
-            while True:
-                state = await states.get()
-                if not said_scheduler:
-                    _say_part(console, "scheduler", "runs")
-                    said_scheduler = True
-                for line in news(last, state):
-                    console.print(f"  {line}", markup=False)
-                last = state
-                if state.ready:
-                    return
-                if (reason := hopeless(state)) is not None:
-                    raise DidNotComeUp(reason)
+            states = await _follow_states(bus)
+            with console.status("waiting for the scheduler") as spinner:
+                while last is None or not last.ready:
+                    state = await states.get()
+                    if last is None:
+                        _say_part(console, "scheduler", "runs")
+                    for worker, line in news(last, state, names):
+                        _say_part(console, worker, line)
+                    last = state
+                    spinner.update(f"waiting: {escape(still_missing(last, names))}")
+                    if (reason := hopeless(last, names)) is not None:
+                        raise DidNotComeUp(reason)
     except TimeoutError:
-        missing = still_missing(last, options.workers)
+        missing = still_missing(last, names)
         raise DidNotComeUp(f"not ready after {options.ready_timeout_s:g} s: {missing}") from None
+
+
+async def _follow_states(bus: Bus) -> asyncio.Queue[ClusterState]:
+    """A queue that holds the newest state of the scheduler, and nothing older."""
+    states: asyncio.Queue[ClusterState] = asyncio.Queue(maxsize=1)
+
+    async def take(incoming: Incoming) -> None:
+        try:
+            state = messages.decode(incoming.data, ClusterState)
+        except ProtocolError:
+            return  # a scheduler of another version, on a server that is not ours
+        if states.full():
+            states.get_nowait()
+        states.put_nowait(state)
+
+    await bus.subscribe(subjects.STATE, take)
+    return states
 
 
 async def _until_gateway_answers(options: UpOptions, console: Console) -> None:
@@ -234,6 +233,12 @@ def _show_use(options: UpOptions, card: ModelCard, console: Console) -> None:
         f"  molink chat --url {options.url}/v1",
     ]
     console.print("\n".join(lines), markup=False)
+
+
+def _say_model(console: Console, card: ModelCard, device: Device, dtype: Dtype) -> None:
+    size = show_size(weight_bytes(card, dtype))
+    _say_part(console, "model", f"{card.name}: {card.num_layers} layers, {size} in {dtype}")
+    _say_part(console, "device", f"{device.device} ({device.name})")
 
 
 def _say_part(console: Console, name: str, what: str) -> None:

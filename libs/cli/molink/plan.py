@@ -55,6 +55,11 @@ def worker_id(number: int, port: int) -> str:
     return f"worker-{number}-of-{port}"
 
 
+def worker_names(options: UpOptions) -> dict[str, str]:
+    """What the person reads, by the worker's name in the pool."""
+    return {worker_id(number, options.port): worker_name(number) for number in range(1, options.workers + 1)}
+
+
 def service_parts(
     options: UpOptions, *, nats_url: str, redis_url: str, worker_memory_bytes: int, logs: Path
 ) -> list[Part]:

@@ -1,10 +1,11 @@
 """Runs the parts: starts them, starts them again when they end, stops them in order.
 
-    async with supervise(say=print) as supervisor:
-        await supervisor.start(part)
-        supervisor.settle()          # from here on a part that ends is started again
-        ...
-    # every process has ended
+    with Leash() as leash:
+        async with supervise(say=print, leash=leash) as supervisor:
+            await supervisor.start(part)
+            supervisor.settle()          # from here on a part that ends is started again
+            ...
+        # every process has ended
 
 Until `settle`, a part that ends is an error (`PartFailed`): something is wrong with how it was started.
 """
@@ -191,19 +192,20 @@ async def _accepts(port: int) -> bool:
 
 
 @contextlib.asynccontextmanager
-async def supervise(*, say: Callable[[str], None], policy: RestartPolicy | None = None) -> AsyncIterator[Supervisor]:
+async def supervise(
+    *, say: Callable[[str], None], leash: Leash, policy: RestartPolicy | None = None
+) -> AsyncIterator[Supervisor]:
     """A supervisor whose parts have all ended when the block is left, however it is left.
 
     Raises:
         ExceptionGroup: with a `PartFailed`, when a part failed while the block ran.
     """
-    with Leash() as leash:
-        async with asyncio.TaskGroup() as group:
-            supervisor = Supervisor(group=group, leash=leash, say=say, policy=policy or RestartPolicy())
-            try:
-                yield supervisor
-            finally:
-                await supervisor.stop()
+    async with asyncio.TaskGroup() as group:
+        supervisor = Supervisor(group=group, leash=leash, say=say, policy=policy or RestartPolicy())
+        try:
+            yield supervisor
+        finally:
+            await supervisor.stop()
 
 
 def python_command(module: str, *arguments: str) -> tuple[str, ...]:
