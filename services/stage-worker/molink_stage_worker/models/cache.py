@@ -13,7 +13,7 @@ import hashlib
 import os
 import shutil
 import sys
-import tempfile
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ Progress = Callable[[str, float | None], None]
 MANIFEST = "molink-manifest.json"
 _LOCK_TIMEOUT_S = 1800.0
 _BLOCK_BYTES = 1 << 20
+_READ_BY_ALL = 0o644
 
 
 def no_progress(_doing: str, _share: float | None) -> None:
@@ -107,7 +108,9 @@ def _try_acquire(lock: FileLock) -> bool:
 def _rebuild(place: Path, build: Callable[[Path, Progress], None], progress: Progress) -> None:
     for left_behind in place.parent.glob(f"{place.name}.work-*"):
         shutil.rmtree(left_behind, ignore_errors=True)
-    work = Path(tempfile.mkdtemp(prefix=f"{place.name}.work-", dir=place.parent))
+    # not a private temporary folder: several users may share the cache, in containers for one
+    work = place.parent / f"{place.name}.work-{uuid.uuid4().hex}"
+    work.mkdir()
     try:
         build(work, progress)
         _write_manifest(work)
@@ -121,6 +124,7 @@ def _rebuild(place: Path, build: Callable[[Path, Progress], None], progress: Pro
 def _write_manifest(folder: Path) -> None:
     files: dict[str, Any] = {}
     for path in sorted(folder.iterdir()):
+        path.chmod(_READ_BY_ALL)
         # on the disk before the manifest speaks for it
         with path.open("rb+") as file:
             os.fsync(file.fileno())

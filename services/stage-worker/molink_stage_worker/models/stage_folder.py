@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,7 +24,8 @@ def assemble(place: Path, files: Mapping[str, Path], weight_map: Mapping[str, st
     if _is_current(place, files, index):
         return place
     place.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f"{place.name}.work-", dir=place.parent))
+    work = place.parent / f"{place.name}.work-{uuid.uuid4().hex}"
+    work.mkdir()
     try:
         for name, source in files.items():
             link_or_copy(source.resolve(), work / name)
