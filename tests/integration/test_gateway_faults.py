@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import json
 import os
 import signal
@@ -15,11 +16,13 @@ from typing import Any
 
 import httpx
 import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-from molink.embedded import EmbeddedServer, free_port
+from molink.embedded import EmbeddedServer, free_port, start_nats
 from molink_common import subjects
-from molink_common.bus import NatsBus
-from molink_common.messages import FinishReason, SubmitSequence
+from molink_common.bus import BusSettings, NatsBus, open_bus
+from molink_common.messages import FinishReason, SubmitSequence, TokenEvent
 from tests.integration.test_gateway_pool import (
     FakePool,
     fake_pool,
@@ -314,3 +317,99 @@ async def test_the_process_serves_without_torch_and_ends_at_sigterm(
     assert (line["status"], line["tokens"], line["model"]) == (200, 2, "Small-Test")
     assert line["ttft_s"] <= line["duration_s"]
     assert "Hello" not in err.decode()
+
+
+async def test_a_broker_that_restarts(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("nats")
+    server = start_nats(folder)
+    is_back = asyncio.Event()
+    try:
+        async with (
+            open_bus(BusSettings(url=server.url), name="test", on_reconnect=is_back.set) as bus,
+            fake_pool(bus, tmp_path) as pool,
+            ready_gateway(server) as client,
+        ):
+            server.stop()
+            async with asyncio.timeout(10):
+                while (response := await client.get("/health")).status_code == 200:
+                    pass
+            assert "NATS" in response.json()["reason"]
+            assert (await client.post(CHAT, json=BODY)).status_code == 503
+            server = start_nats(folder, server.port)
+            await asyncio.wait_for(is_back.wait(), 10)
+            pool.answer = pool.say_text
+            asking = asyncio.create_task(until_healthy(client))
+            while not asking.done():  # what is said before the gateway is back is said to nobody
+                await pool.say_state(pool.state())
+                await asyncio.wait({asking}, timeout=0.1)
+            answer = await client.post(CHAT, json=BODY)
+            assert answer.json()["choices"][0]["message"]["content"] == pool.text
+    finally:
+        server.stop()
+
+
+class Collector:
+    """Takes traces as an OTLP/HTTP collector does."""
+
+    def __init__(self) -> None:
+        self.spans: asyncio.Queue[Span] = asyncio.Queue()
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+        length = int(head.split("content-length: ")[1].split("\r\n")[0])
+        data = await reader.readexactly(length)
+        if "content-encoding: gzip" in head:
+            data = gzip.decompress(data)
+        for resource in ExportTraceServiceRequest.FromString(data).resource_spans:
+            for scope in resource.scope_spans:
+                for span in scope.spans:
+                    self.spans.put_nowait(span)
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+
+async def test_a_request_is_one_trace(pool: FakePool, nats_server: EmbeddedServer) -> None:
+    pool.answer = pool.say_text
+    collector = Collector()
+    trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
+    async with await asyncio.start_server(collector.serve, "127.0.0.1", 0) as receiver:
+        endpoint = f"http://127.0.0.1:{receiver.sockets[0].getsockname()[1]}"
+        async with ready_gateway(nats_server, otlp_endpoint=endpoint) as client:
+            headers = {"traceparent": f"00-{trace_id}-00f067aa0ba902b7-01"}
+            assert (await client.post(CHAT, json=BODY, headers=headers)).status_code == 200
+            trace = (await submitted(pool)).trace
+        # the gateway has stopped, so everything is exported
+        span = await asyncio.wait_for(collector.spans.get(), 5)
+    assert trace == f"00-{trace_id}-{span.span_id.hex()}-01"
+    assert span.trace_id.hex() == trace_id
+    assert span.name == f"POST {CHAT}"
+    attributes = {one.key: one.value for one in span.attributes}
+    assert attributes["gen_ai.request.model"].string_value == "Small-Test"
+    assert attributes["gen_ai.usage.output_tokens"].int_value == len(pool.tokenizer.encode(pool.text).ids) + 1
+    assert attributes["http.response.status_code"].int_value == 200
+    assert attributes["molink.ttft_s"].double_value > 0
+
+
+async def test_thirty_streams_at_once_each_get_their_own_text(pool: FakePool, nats_server: EmbeddedServer) -> None:
+    async with ready_gateway(nats_server) as client:
+        asking = [
+            asyncio.create_task(client.post(CHAT, json={**STREAM, "messages": [{"role": "user", "content": str(n)}]}))
+            for n in range(30)
+        ]
+        submits = [await submitted(pool) for _ in asking]
+        letters = [chr(ord("A") + place) for place in range(30)]
+        await pool.say_step(
+            [
+                TokenEvent(sequence=submit.sequence, index=0, token=pool.tokenizer.encode(letter).ids[0])
+                for submit, letter in zip(submits, letters, strict=True)
+            ]
+        )
+        await pool.say_step(
+            [TokenEvent(sequence=one.sequence, index=1, token=END, finish=FinishReason.STOP) for one in submits]
+        )
+        expected = {submit.request: letter for submit, letter in zip(submits, letters, strict=True)}
+        for one in asking:
+            response = await one
+            text = "".join(event["choices"][0]["delta"].get("content", "") for event in events_of(response.text))
+            assert text == expected[response.headers["x-request-id"]]

@@ -194,7 +194,7 @@ def parse_chat(body: bytes) -> ChatRequest:
         ApiError: 400 with the field that is wrong.
     """
     request = _validated(ChatRequest, _object_in(body))
-    if request.top_logprobs is not None and not request.logprobs:
+    if request.top_logprobs and not request.logprobs:
         raise bad_request("`top_logprobs` needs `logprobs` to be true.", param="top_logprobs")
     return _checked(request)
 

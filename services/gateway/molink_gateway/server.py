@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import uvicorn
 
 from molink_common.bus import open_bus
+from molink_common.errors import MolinkError
 from molink_common.identity import new_peer_id
 from molink_common.logs import get_logger
 from molink_common.telemetry import open_telemetry
@@ -69,6 +70,18 @@ async def serve(settings: GatewaySettings, stop: asyncio.Event, opened: socket.s
             await asyncio.to_thread(telemetry.close)
 
 
+@contextlib.asynccontextmanager
+async def _errors_alone() -> AsyncIterator[None]:
+    """A task group reports its tasks' errors as a group; the service knows what to do with one of ours."""
+    try:
+        yield
+    except ExceptionGroup as errors:
+        ours = errors.subgroup(MolinkError)
+        if ours is None:
+            raise
+        raise ours.exceptions[0] from errors
+
+
 async def _run(parts: Parts, opened: socket.socket, port: int, stop: asyncio.Event) -> None:
     settings = parts.settings
     server = _Server(
@@ -84,7 +97,7 @@ async def _run(parts: Parts, opened: socket.socket, port: int, stop: asyncio.Eve
             timeout_graceful_shutdown=settings.stop_grace_s + 2,
         )
     )
-    async with asyncio.TaskGroup() as group:
+    async with _errors_alone(), asyncio.TaskGroup() as group:
         background = [group.create_task(parts.sequences.serve()), group.create_task(parts.cluster.follow())]
         await parts.sequences.is_listening.wait()
         serving = group.create_task(server.serve(sockets=[opened]))
