@@ -198,7 +198,7 @@ def _orders(offers: Sequence[Offer]) -> Iterator[list[Offer]]:
     memory_of_site: dict[str, int] = {}
     for offer in offers:
         memory_of_site[offer.site] = memory_of_site.get(offer.site, 0) + offer.memory_bytes
-    by_site = sorted(offers, key=lambda offer: -memory_of_site[offer.site])
+    by_site = sorted(offers, key=lambda offer: (-memory_of_site[offer.site], offer.site))
     yield by_site
     if len({offer.memory_bytes for offer in offers}) == 1 and len(memory_of_site) == 1:
         return

@@ -1,0 +1,341 @@
+"""The scheduler's machine under random events: whatever is admitted ends exactly once, and its books agree.
+
+Simulated workers obey the instructions, but answers and heartbeats come late, twice, or not at all, workers
+come, go, leave and lose their stage, and tokens are repeated, lost, or of an old epoch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from molink_common.messages import (
+    Admitted,
+    AssignStage,
+    FinishReason,
+    Heartbeat,
+    SequencesHeld,
+    StagePhase,
+    StageReport,
+    StartSequence,
+    StepTokens,
+    TokenEvent,
+)
+from molink_scheduler.books import PipelinePhase, SequencePhase
+from molink_scheduler.events import (
+    AssignAnswered,
+    CancelAsked,
+    EpochTaken,
+    Event,
+    GatewayAliveArrived,
+    HeartbeatArrived,
+    Restored,
+    SequenceSaved,
+    SequencesHeldArrived,
+    SequenceSubmitted,
+    StartAnswered,
+    StoreEmptied,
+    Tick,
+    TokensArrived,
+)
+from molink_scheduler.instructions import (
+    AppendTokens,
+    AskSequencesOf,
+    AssignStageTo,
+    BroadcastState,
+    DeleteSequence,
+    FailSequence,
+    Instruction,
+    ReleaseStageOf,
+    ReplyTo,
+    SavePipeline,
+    SaveSequence,
+    SaveWorker,
+    StartSequenceAt,
+    StopSequenceAt,
+    TakeEpoch,
+)
+from molink_scheduler.machine import Machine
+from molink_scheduler.records import Snapshot, StoredSequence
+from tests.scheduler_builders import make_heartbeat, make_request, make_settings
+
+MAX_TOKENS = 4
+NAMES = ("w1", "w2", "w3")
+
+
+def true_token(sequence: str, index: int) -> int:
+    """A function of sequence and index alone, as sampling is."""
+    return (int(sequence, 16) * 31 + index) % 100
+
+
+@dataclass
+class FakeWorker:
+    is_alive: bool = True
+    is_leaving: bool = False
+    assignment: AssignStage | None = None
+    phase: StagePhase = StagePhase.LOADING
+    held: dict[str, list[int]] = field(default_factory=dict)
+    """As the head: each sequence with its tokens so far."""
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    @initialize(stages=st.sampled_from(("auto", 2)), max_sequences=st.integers(1, 4))
+    def begin(self, stages: str | int, max_sequences: int) -> None:
+        self.settings = make_settings(stages=stages, max_sequences=max_sequences, pipeline_wait_s=20.0)
+        self.now_s = 100.0
+        self.workers: dict[str, FakeWorker] = {}
+        self.inbox: list[Event] = []
+        self.store: dict[str, StoredSequence] = {}
+        self.snapshot = Snapshot()
+        self.epoch = 0
+        self.number = 0
+        self.submitted: dict[int, str] = {}
+        self.admitted: set[str] = set()
+        self.ended: set[str] = set()
+        self.cancelled: set[str] = set()
+        self.old_steps: list[StepTokens] = []
+        self.old_beats: list[Heartbeat] = []
+        self.machine = Machine(self.settings)
+        self.post(Restored(Snapshot()))
+
+    # --- carrying out, as the shell does ---
+
+    def post(self, event: Event) -> None:
+        for instruction in self.machine.handle(event, now_s=self.now_s):
+            self.carry_out(instruction)
+
+    def carry_out(self, instruction: Instruction) -> None:
+        match instruction:
+            case TakeEpoch(above):
+                self.epoch = max(self.epoch, above) + 1
+                self.inbox.append(EpochTaken(self.epoch))
+            case AssignStageTo(name, stage):
+                assert stage.epoch == self.epoch
+                self.inbox.append(AssignAnswered(name, stage.epoch, self.assign(name, stage)))
+            case StartSequenceAt(name, start):
+                self.inbox.append(StartAnswered(start.sequence, start.epoch, self.start(name, start)))
+            case StopSequenceAt(name, stop):
+                if name in self.workers:
+                    self.workers[name].held.pop(stop.sequence, None)
+            case ReleaseStageOf(name):
+                if name in self.workers:
+                    self.workers[name].assignment = None
+            case AskSequencesOf(name):
+                worker = self.workers.get(name)
+                if worker is not None and worker.is_alive and worker.assignment is not None:
+                    held = SequencesHeld(pipeline=1, epoch=worker.assignment.epoch, sequences=tuple(worker.held))
+                    self.inbox.append(SequencesHeldArrived(held, self.now_s))
+            case ReplyTo(reply, message):
+                sequence = self.submitted.pop(reply)  # a second answer raises
+                if isinstance(message, Admitted):
+                    assert sequence in self.store
+                    self.admitted.add(sequence)
+            case FailSequence(_, failed):
+                assert failed.sequence in self.admitted
+            case SaveSequence(record):
+                name = record.request.sequence
+                tokens = self.store[name].tokens if name in self.store else ()
+                self.store[name] = StoredSequence(record=record, tokens=tokens)
+                self.inbox.append(SequenceSaved(name))
+            case AppendTokens(name, at, tokens):
+                kept = self.store[name]
+                assert at <= len(kept.tokens), "a hole in the tokens"
+                self.store[name] = StoredSequence(record=kept.record, tokens=(*kept.tokens[:at], *tokens))
+            case DeleteSequence(name):
+                self.store.pop(name, None)
+                assert name not in self.ended, "ended twice"
+                self.ended.add(name)
+            case SavePipeline(layout):
+                self.snapshot = Snapshot(epoch=layout.epoch, pipelines=(layout,))
+            case SaveWorker() | BroadcastState():
+                pass
+
+    def assign(self, name: str, stage: AssignStage) -> str | None:
+        worker = self.workers.get(name)
+        if worker is None or not worker.is_alive:
+            return "no answer"
+        if worker.assignment is not None and worker.assignment.epoch > stage.epoch:
+            return "an older epoch"
+        worker.assignment, worker.phase, worker.held = stage, StagePhase.LOADING, {}
+        return None
+
+    def start(self, name: str, start: StartSequence) -> str | None:
+        worker = self.workers.get(name)
+        if worker is None or not worker.is_alive or worker.assignment is None:
+            return "no answer"
+        if worker.assignment.epoch != start.epoch or worker.assignment.index != 0:
+            return "not the head of this epoch"
+        assert list(start.generated) == [true_token(start.sequence, i) for i in range(len(start.generated))]
+        assert len(start.generated) < MAX_TOKENS
+        worker.held[start.sequence] = list(start.generated)
+        return None
+
+    def beat_of(self, name: str) -> Heartbeat:
+        worker = self.workers[name]
+        stage = None
+        if worker.assignment is not None:
+            a = worker.assignment
+            stage = StageReport(
+                pipeline=1,
+                epoch=a.epoch,
+                index=a.index,
+                first_layer=a.first_layer,
+                last_layer=a.last_layer,
+                phase=worker.phase,
+            )
+        return make_heartbeat(name, stage=stage, leaving=worker.is_leaving)
+
+    # --- what may happen ---
+
+    @rule(name=st.sampled_from(NAMES))
+    def join_or_restart(self, name: str) -> None:
+        self.workers[name] = FakeWorker()
+        self.post(HeartbeatArrived(self.beat_of(name)))
+
+    @precondition(lambda self: self.workers)
+    @rule(data=st.data())
+    def die(self, data: st.DataObject) -> None:
+        del self.workers[data.draw(st.sampled_from(sorted(self.workers)))]
+
+    @precondition(lambda self: self.workers)
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        self.workers[data.draw(st.sampled_from(sorted(self.workers)))].is_leaving = True
+
+    @precondition(lambda self: self.workers)
+    @rule(data=st.data(), phase=st.sampled_from((StagePhase.READY, StagePhase.READY, StagePhase.FAILED)))
+    def load(self, data: st.DataObject, phase: StagePhase) -> None:
+        name = data.draw(st.sampled_from(sorted(self.workers)))
+        if self.workers[name].phase is StagePhase.LOADING:
+            self.workers[name].phase = phase
+
+    @rule(seconds=st.sampled_from((0.1, 0.5, 1.0, 3.0)), bus_up=st.sampled_from((True, True, True, False)))
+    def time_passes(self, seconds: float, bus_up: bool) -> None:
+        self.now_s += seconds
+        if bus_up:
+            self.post(GatewayAliveArrived("g1"))
+            for name in sorted(self.workers):
+                self.old_beats.append(self.beat_of(name))
+                self.post(HeartbeatArrived(self.old_beats[-1]))
+        self.post(Tick(bus_up))
+
+    @rule()
+    def all_load_and_serve(self) -> None:
+        for worker in self.workers.values():
+            worker.phase = StagePhase.READY
+        while self.inbox:
+            self.post(self.inbox.pop(0))
+        self.time_passes(1.0, True)
+
+    @precondition(lambda self: self.old_beats)
+    @rule(data=st.data())
+    def a_late_heartbeat(self, data: st.DataObject) -> None:
+        self.post(HeartbeatArrived(data.draw(st.sampled_from(self.old_beats[-5:]))))
+
+    @precondition(lambda self: self.inbox)
+    @rule(data=st.data(), twice=st.booleans())
+    def an_answer_arrives(self, data: st.DataObject, twice: bool) -> None:
+        event = self.inbox.pop(data.draw(st.integers(0, len(self.inbox) - 1)))
+        self.post(event)
+        if twice and not isinstance(event, EpochTaken):
+            self.post(event)
+
+    @rule()
+    def submit(self) -> None:
+        self.number += 1
+        sequence = f"{self.number:016x}"
+        self.submitted[self.number] = sequence
+        self.post(SequenceSubmitted(make_request(sequence, max_tokens=MAX_TOKENS), self.number))
+
+    @precondition(lambda self: self.admitted)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        sequence = data.draw(st.sampled_from(sorted(self.admitted)))
+        self.cancelled.add(sequence)
+        self.post(CancelAsked(sequence, "the client went away"))
+
+    @precondition(lambda self: any(worker.held for worker in self.workers.values()))
+    @rule(is_lost=st.sampled_from((False, False, False, True)))
+    def step(self, is_lost: bool) -> None:
+        for worker in self.workers.values():
+            if worker.assignment is None or worker.phase is not StagePhase.READY:
+                continue
+            events: list[TokenEvent] = []
+            for sequence, tokens in list(worker.held.items()):
+                index = len(tokens)
+                finish = FinishReason.LENGTH if index + 1 == MAX_TOKENS else None
+                tokens.append(true_token(sequence, index))
+                events.append(TokenEvent(sequence=sequence, index=index, token=tokens[-1], finish=finish))
+                if finish is not None:
+                    del worker.held[sequence]
+            self.old_steps.append(
+                StepTokens(pipeline=1, epoch=worker.assignment.epoch, step=len(self.old_steps), events=tuple(events))
+            )
+            if not is_lost:
+                self.post(TokensArrived(self.old_steps[-1]))
+
+    @precondition(lambda self: self.old_steps)
+    @rule(data=st.data())
+    def a_late_step(self, data: st.DataObject) -> None:
+        self.post(TokensArrived(data.draw(st.sampled_from(self.old_steps[-6:]))))
+
+    @rule()
+    def the_store_forgets(self) -> None:
+        self.store.clear()
+        self.post(StoreEmptied())
+
+    @rule()
+    def the_scheduler_restarts(self) -> None:
+        self.inbox.clear()
+        self.submitted.clear()  # those who asked hear nothing, and nothing was promised to them
+        self.machine = Machine(self.settings)
+        stored = tuple(self.store.values())
+        self.post(Restored(Snapshot(epoch=self.epoch, pipelines=self.snapshot.pipelines, sequences=stored)))
+
+    # --- what must be true ---
+
+    @invariant()
+    def books_agree(self) -> None:
+        if not hasattr(self, "machine"):
+            return
+        books = self.machine.books
+        pipeline = books.pipeline
+        assert (pipeline.layout is not None) == (pipeline.phase in (PipelinePhase.LOADING, PipelinePhase.READY))
+        assert set(books.sequences) <= set(self.store), "what is in the books is in the store"
+        for sequence in books.sequences.values():
+            assert sequence.generated == [true_token(sequence.id, i) for i in range(len(sequence.generated))]
+            assert sequence.id not in self.ended
+            if sequence.phase in (SequencePhase.STARTING, SequencePhase.RUNNING):
+                assert pipeline.layout is not None and sequence.epoch == pipeline.layout.epoch
+            if sequence.phase is not SequencePhase.SAVING:
+                assert list(self.store[sequence.id].tokens) == sequence.generated
+        for sequence_id in self.admitted:
+            assert (sequence_id in books.sequences) != (sequence_id in self.ended), (
+                "admitted, and neither kept nor ended"
+            )
+        self.machine.state(now_s=self.now_s)
+
+    def teardown(self) -> None:
+        """When the world behaves again, everything that was admitted ends."""
+        if not hasattr(self, "machine"):
+            return
+        self.workers = {f"n{i}": FakeWorker() for i in range(2)}
+        for _ in range(120):
+            self.all_load_and_serve()
+            if any(worker.held for worker in self.workers.values()):
+                self.step(False)
+        assert self.machine.books.sequences == {}
+        assert self.admitted <= self.ended
+        assert self.store == {}
+        assert not self.submitted
+        assert self.machine.state(now_s=self.now_s).ready
+        assert not any(worker.held for worker in self.workers.values())
+
+
+SchedulerMachine.TestCase.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)
+TestSchedulerMachine = SchedulerMachine.TestCase
