@@ -176,6 +176,9 @@ async def test_a_client_that_hangs_up_while_the_scheduler_decides(pool: FakePool
         await asyncio.wait_for(pool.asked.wait(), 5)
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
+        for _ in range(5):  # time for the gateway to notice, and to say too early that it cancels
+            await client.get("/health")
+            await pool.bus.flush()
         pool.may_admit.set()
         sequence = (await submitted(pool)).sequence
         assert await cancelled(pool) == sequence

@@ -124,6 +124,7 @@ class FakePool:
         self.may_admit = asyncio.Event()
         self.may_admit.set()
         self._step = 0
+        self._admitted: set[str] = set()
         self._answers: set[asyncio.Task[None]] = set()
 
     def state(self, *, ready: bool = True, reason: str = "ready", card: ModelCard | None = None) -> ClusterState:
@@ -221,6 +222,7 @@ class FakePool:
         refused = self.refusal(submit)
         if refused is not None:
             return refused
+        self._admitted.add(submit.sequence)
         self.submitted.put_nowait(submit)
         task = asyncio.create_task(self._run(submit))
         self._answers.add(task)
@@ -230,7 +232,8 @@ class FakePool:
         await self.answer(submit)
 
     async def _cancel(self, cancel: CancelSequence) -> None:
-        self.cancelled.put_nowait(cancel.sequence)
+        if cancel.sequence in self._admitted:  # as the scheduler does: what is not in its books is ignored
+            self.cancelled.put_nowait(cancel.sequence)
 
     async def _alive(self, alive: GatewayAlive) -> None:
         self.alive.put_nowait(alive.gateway)
