@@ -14,7 +14,8 @@ from molink_common.identity import sequence_id
 from molink_common.messages import FinishReason, StartSequence, StepTokens, TokenEvent
 from molink_common.sampling import SamplingOptions
 from molink_common.wire import Logits
-from molink_stage_worker.batching import Batcher, BatchLimits, StepPlan
+from molink_stage_worker.batch_plan import BatchLimits, StepPlan
+from molink_stage_worker.batching import Batcher
 from molink_stage_worker.kv_blocks import BlockAllocator
 
 

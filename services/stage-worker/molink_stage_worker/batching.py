@@ -22,47 +22,12 @@ from molink_common.errors import CapacityError
 from molink_common.identity import sequence_number
 from molink_common.messages import HeadReport, StartSequence, StepTokens
 from molink_common.sampling import SamplingOptions
-from molink_common.wire import Entry, Extra, Logits, Opening
+from molink_common.wire import Entry, Logits, Opening
+from molink_stage_worker.batch_plan import BatchLimits, StepPlan
 from molink_stage_worker.kv_blocks import BlockAllocator
 
-MAX_RESTARTS_AFTER_LOSS = 5
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchLimits:
-    """What bounds the batches."""
-
-    num_blocks: int
-    block_size: int
-    step_tokens: int = 256
-    """Most tokens a step."""
-    max_running: int = 64
-    """Most sequences that hold KV blocks."""
-    max_waiting: int = 4096
-    max_steps_under_way: int = 1
-    opening_tokens: int = 65536
-    """A step stops opening sequences once their prompts together pass this: it bounds the frame's extra part."""
-
-    def __post_init__(self) -> None:
-        if min(self.num_blocks, self.block_size, self.step_tokens, self.max_running, self.max_steps_under_way) < 1:
-            raise ValueError(f"every limit of a batch is at least 1: {self}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepPlan:
-    """One step of one micro-batch. Without entries it only closes sequences."""
-
-    step: int
-    entries: tuple[Entry, ...]
-    token_ids: tuple[int, ...]
-    """Of all entries, one after the other."""
-    opens: tuple[Opening, ...]
-    closes: tuple[str, ...]
-    traces: dict[str, str]
-
-    def extra(self) -> Extra:
-        """The part of the frame that only some steps need."""
-        return Extra.model_construct(opens=self.opens, closes=self.closes, traces=self.traces)
+MAX_RESTARTS_AFTER_LOSS = 10
+"""In a row, without a token between; one outage may cost one restart for each stage that was cut off."""
 
 
 @dataclass(slots=True, eq=False)

@@ -11,6 +11,7 @@ and sends. The head plans a step only when its thread is free: who arrives in be
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -23,15 +24,21 @@ from molink_common.logs import get_logger
 from molink_common.messages import AssignStage, HeadReport, StartSequence, StepTokens
 from molink_common.telemetry import Telemetry
 from molink_common.wire import StepFrame, decode_extra, decode_frame
-from molink_stage_worker.batching import Batcher, StepPlan
+from molink_stage_worker.batch_plan import StepPlan
+from molink_stage_worker.batching import Batcher
 from molink_stage_worker.compute import StageCompute, StageResult, StageStep
 from molink_stage_worker.fence import Drop, Fence
 
 log = get_logger("stage")
 
 _OUTBOX_STEPS = 1024
-_FROM_THE_HEAD = 0
-"""Step number of a `StepTokens` that the head itself publishes: sequences that it had to give up."""
+_NO_STEP = 0
+"""Step number of a `StepTokens` that no step led to. With `failed`, the head gave these sequences up; without, a
+stage was cut off for a while and the head is to take everything under way for lost. Real steps begin at 1."""
+_STEPS_REPEATED = 256
+_ALL_BACK_S = 0.5
+"""After an outage of the broker, clients connect again within about a tenth of a second of each other."""
+_SURELY_BACK_S = 3.0
 
 
 class StageRunner:
@@ -60,10 +67,12 @@ class StageRunner:
         self._worker = worker
         self._fence = Fence(pipeline=assignment.pipeline, epoch=assignment.epoch)
         self._outbox: asyncio.Queue[asyncio.Future[StageResult]] = asyncio.Queue(_OUTBOX_STEPS)
+        self._recent_tokens: deque[bytes | bytearray] = deque(maxlen=_STEPS_REPEATED)
         self._computing = 0
         self._planned_at_s: dict[int, float] = {}
         self._loop = asyncio.get_running_loop()
         self._is_serving = False
+        self._is_pausing = False
 
     @property
     def frames_dropped(self) -> int:
@@ -137,10 +146,40 @@ class StageRunner:
             self._fence.dropped[Drop.GARBAGE] += 1
             log.warning("tokens dropped", reason=Drop.GARBAGE, problem=str(error))
             return
-        if (tokens.pipeline, tokens.epoch) == (self._assignment.pipeline, self._assignment.epoch):
-            self._take_tokens(tokens)
-        else:
+        if (tokens.pipeline, tokens.epoch) != (self._assignment.pipeline, self._assignment.epoch):
             self._fence.dropped[Drop.OTHER_EPOCH] += 1
+        elif tokens.step != _NO_STEP:
+            self._take_tokens(tokens)
+        elif not tokens.failed and self._batcher is not None:
+            log.warning("a stage was cut off: its steps are computed again")
+            self._batcher.on_all_lost()
+            self.pump()
+
+    def on_cut_off(self) -> None:
+        """The connection was down, or the broker dropped something: act on what may be lost.
+
+        The head takes what is under way for lost and pauses until the others will be connected too; another stage
+        tells the head. The tail repeats its last tokens: whoever has seen them drops them.
+        """
+        if not self._is_serving:
+            return
+        if self._batcher is None:
+            self._outbox_notice(())
+        elif self._assignment.num_stages > 1:
+            self._batcher.on_all_lost()
+        self._is_pausing = True
+        self._loop.call_later(_ALL_BACK_S, self._go_on)
+        self._loop.call_later(_SURELY_BACK_S, self._repeat_tokens)
+
+    def _go_on(self) -> None:
+        self._is_pausing = False
+        self._repeat_tokens()
+        self.pump()
+
+    def _repeat_tokens(self) -> None:
+        if self._is_serving and self._outbox.qsize() + len(self._recent_tokens) < _OUTBOX_STEPS:
+            for payload in self._recent_tokens:
+                self._outbox_payload(payload)
 
     # --- the head --------------------------------------------------------------------------------------------
 
@@ -154,13 +193,6 @@ class StageRunner:
     def stop(self, sequence: str) -> None:
         """Forget a sequence, if it is here."""
         if self._batcher is not None and self._batcher.stop(sequence):
-            self.pump()
-
-    def on_reconnect(self) -> None:
-        """The connection was down: what was under way then is taken for lost."""
-        if self._batcher is not None and self._is_serving:
-            if self._assignment.num_stages > 1:
-                self._batcher.on_all_lost()
             self.pump()
 
     def report(self) -> HeadReport | None:
@@ -181,12 +213,15 @@ class StageRunner:
             self._outbox.put_nowait(broken)
 
     def _plan_and_start(self) -> None:
-        if self._batcher is None or self._computing or not self._is_serving or not self._bus.is_connected:
+        if self._batcher is None or self._computing or self._is_pausing:
+            return
+        if not self._is_serving or not self._bus.is_connected:
             return
         plan = self._batcher.next_step()
         failed = self._batcher.take_failed()
         if failed:
-            self._outbox.put_nowait(self._notice_of_failure(failed))
+            log.warning("sequences given up", sequences=failed)
+            self._outbox_notice(failed)
         if plan is not None:
             self._planned_at_s = {step: at_s for step, at_s in self._planned_at_s.items() if step >= plan.step - 64}
             self._planned_at_s[plan.step] = self._loop.time()
@@ -212,15 +247,15 @@ class StageRunner:
         )
         return StageStep(frame=frame, extra=extra, token_ids=plan.token_ids)
 
-    def _notice_of_failure(self, sequences: tuple[str, ...]) -> asyncio.Future[StageResult]:
-        log.warning("sequences given up", sequences=sequences)
-        notice = StepTokens(
-            pipeline=self._assignment.pipeline, epoch=self._assignment.epoch, step=_FROM_THE_HEAD, failed=sequences
-        )
+    def _outbox_notice(self, failed: tuple[str, ...]) -> None:
+        place = self._assignment
+        notice = StepTokens(pipeline=place.pipeline, epoch=place.epoch, step=_NO_STEP, failed=failed)
+        self._outbox_payload(messages.encode(notice))
+
+    def _outbox_payload(self, payload: bytes | bytearray) -> None:
         future: asyncio.Future[StageResult] = self._loop.create_future()
-        subject = subjects.tokens(self._assignment.pipeline)
-        future.set_result(StageResult(subject=subject, payload=messages.encode(notice)))
-        return future
+        future.set_result(StageResult(subject=subjects.tokens(self._assignment.pipeline), payload=payload))
+        self._outbox.put_nowait(future)
 
     # --- out -------------------------------------------------------------------------------------------------
 
@@ -242,6 +277,8 @@ class StageRunner:
             self.pump()
 
     async def _send(self, result: StageResult) -> None:
+        if result.tokens is not None and result.tokens.events:
+            self._recent_tokens.append(result.payload)
         try:
             await self._bus.publish(result.subject, result.payload)
         except BusUnavailable as error:
@@ -252,7 +289,7 @@ class StageRunner:
         if result.refused:
             self._fence.refuse(result.refused, Drop.REFUSED)
             log.warning("step emptied", reason=Drop.REFUSED, step=result.step, problem=result.problem)
-        if result.step == _FROM_THE_HEAD:
+        if result.step == _NO_STEP:
             return
         self.steps_done += 1
         self.tokens_done += result.num_tokens

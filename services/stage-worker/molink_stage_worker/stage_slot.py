@@ -21,7 +21,8 @@ from molink_common.errors import MolinkError
 from molink_common.logs import get_logger
 from molink_common.messages import AssignStage, ModelCard, StagePhase, StageReport
 from molink_common.telemetry import Telemetry
-from molink_stage_worker.batching import Batcher, BatchLimits
+from molink_stage_worker.batch_plan import BatchLimits
+from molink_stage_worker.batching import Batcher
 from molink_stage_worker.compute import StageCompute
 from molink_stage_worker.engine.interface import Engine, Progress, StageSpec
 from molink_stage_worker.sampling import Sampler

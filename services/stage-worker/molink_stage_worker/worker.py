@@ -114,13 +114,13 @@ class Worker:
             beats.cancel()
 
     def on_bus_fault(self, _problem: str) -> None:
-        """The broker dropped or refused something: say at once what is true here."""
-        self._changed.set()
+        """The broker dropped or refused something: act as after an outage."""
+        self.on_reconnect()
 
     def on_reconnect(self) -> None:
         """The connection is back."""
         if self._slot is not None and self._slot.runner is not None:
-            self._slot.runner.on_reconnect()
+            self._slot.runner.on_cut_off()
         self._changed.set()
 
     # --- joining and leaving ---------------------------------------------------------------------------------

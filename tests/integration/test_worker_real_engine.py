@@ -1,0 +1,78 @@
+"""A tiny random llama, cut by layers over workers that talk through a real NATS, gives the whole model's tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from molink.embedded import EmbeddedServer
+from molink_common.bus import NatsBus
+from molink_common.messages import ModelCard
+from molink_stage_worker.engine import load_engine
+from molink_stage_worker.stage_slot import Told
+from tests.architectures.tiny_models import NUM_LAYERS, VOCABULARY_SIZE, make_tiny_model
+from tests.integration.worker_pool import open_pool
+
+BLOCK = 4
+NEW_TOKENS = 12
+
+
+@dataclass
+class TinyModel:
+    folder: Path
+    card: ModelCard
+
+    def checkpoint_for(self, _first: int, _last: int, _progress: Told) -> Path:
+        return self.folder
+
+    def read_file(self, name: str, _offset: int, _size: int) -> bytes:
+        raise NotImplementedError(name)
+
+
+def card_of(config: Any) -> ModelCard:
+    return ModelCard(
+        name="tiny",
+        fingerprint="e" * 16,
+        family=config.model_type,
+        packed=True,
+        num_layers=NUM_LAYERS,
+        hidden_size=config.hidden_size,
+        vocabulary_size=VOCABULARY_SIZE,
+        context_length=64,
+        checkpoint_dtype="float32",
+        layer_parameters=(1,) * NUM_LAYERS,
+        embedding_parameters=1,
+        output_parameters=1,
+        kv_scalars_per_token=(1,) * NUM_LAYERS,
+    )
+
+
+def whole(model: Any, prompt: list[int]) -> list[int]:
+    output = model.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False)
+    tokens: list[int] = output[0, len(prompt) :].tolist()
+    return tokens
+
+
+@pytest.mark.parametrize(("family", "num_stages"), [("llama", 1), ("llama", 2), ("llama", 3), ("bloom", 2)])
+async def test_a_cut_model_says_what_the_whole_one_says(
+    bus: NatsBus, nats_server: EmbeddedServer, tmp_path: Path, family: str, num_stages: int
+) -> None:
+    torch.set_num_threads(1)
+    reference = make_tiny_model(family, tmp_path)
+    model = TinyModel(tmp_path, card_of(reference.config))
+    generator = torch.Generator().manual_seed(5)
+    prompts = [torch.randint(3, VOCABULARY_SIZE, (3 + 7 * n,), generator=generator).tolist() for n in range(6)]
+    pipeline = 9_000_000 + num_stages
+    async with (
+        open_pool(bus, nats_server.url, pipeline, model, load_engine, BLOCK) as pool,
+        pool.workers(num_stages) as names,
+    ):
+        await pool.form(names, num_blocks=32)  # too few for all at once: some are preempted or have to wait
+        sequences = [await pool.start(names[0], prompt, NEW_TOKENS) for prompt in prompts]
+        await pool.until(lambda: all(sequence in pool.finishes for sequence in sequences), 30)
+        assert [pool.tokens[one] for one in sequences] == [whole(reference, prompt) for prompt in prompts]
+        await pool.until_idle(names[0], 32)
