@@ -154,6 +154,7 @@ class Check:
         self.options = options
         self.compose = Compose()
         self.gateway = ""
+        self.killed = ""
 
     def build(self) -> str:
         """All three images."""
@@ -229,11 +230,11 @@ class Check:
         return "scheduler yes, gateway and stage-worker no"
 
     def traces(self) -> str:
-        """A request's trace holds spans of the gateway and of the stages."""
+        """A request's trace holds spans of the gateway and of both stages."""
         if self.options.no_jaeger:
             return "no collector: not looked at"
         jaeger = self.compose.address("jaeger", 16686)
-        return until("a trace with spans of gateway and stages", lambda: trace_seen(jaeger), 60)
+        return until("a trace with spans of the gateway and two stages", lambda: trace_seen(jaeger), 60)
 
     def scale_up(self) -> str:
         """A third worker joins without an operator, and the pool answers again."""
@@ -245,7 +246,7 @@ class Check:
     def kill_worker(self) -> str:
         """A worker dies in the middle of a stream; the stream ends as if nothing had happened."""
         expected = "".join(stream_chat(self.gateway, LONG_TASK, max_tokens=120))
-        victim = self.compose.containers("stage-worker")[-1]
+        self.killed = self.compose.containers("stage-worker")[-1]
         pieces: list[str] = []
         longest_gap_s, last = 0.0, time.monotonic()
         killer: threading.Thread | None = None
@@ -255,7 +256,7 @@ class Check:
             pieces.append(piece)
             if killer is None and len(pieces) == 10:
                 # every process of the container at once, as a crash would; `docker kill` would forbid the restart
-                command = ["docker", "exec", victim, "sh", "-c", "kill -9 -1"]
+                command = ["docker", "exec", self.killed, "sh", "-c", "kill -9 -1"]
                 killer = threading.Thread(target=run, args=(command,), kwargs={"timeout_s": 30, "check": False})
                 killer.start()
         if killer is None:
@@ -268,6 +269,9 @@ class Check:
 
     def comes_back(self) -> str:
         """The restart policy brings the worker back and it joins again."""
+        restarts = run(["docker", "inspect", "-f", "{{.RestartCount}}", self.killed], timeout_s=30).strip()
+        if restarts == "0":
+            raise CheckFailed("the worker that was killed was not started again")
         until("three workers again", lambda: "yes" if self._serving_workers() >= 3 else None, 120)
         self.ready()
         return f"{self._pipelines()}; {self.answer_whole()}"
@@ -278,6 +282,18 @@ class Check:
             return "it was never there"
         self.compose("rm", "-sf", "jaeger")
         return self.answer_whole()
+
+    def stop(self) -> str:
+        """Asked to stop, every service of ours finishes by itself."""
+        self.compose("stop", timeout_s=180)
+        template = '{{index .Config.Labels "com.docker.compose.service"}} {{.State.ExitCode}}'
+        codes = run(
+            ["docker", "inspect", "-f", template, *self.compose("ps", "-aq").split()], timeout_s=30
+        ).splitlines()
+        ours = [line for line in codes if line.split()[0] in ("gateway", "scheduler", "stage-worker")]
+        if not ours or any(line.split()[1] != "0" for line in ours):
+            raise CheckFailed(f"exit codes: {', '.join(ours)}")
+        return f"{len(ours)} containers of ours ended with 0"
 
     def take_down(self) -> str:
         """Nothing of the project is left."""
@@ -334,8 +350,8 @@ def trace_seen(jaeger: str) -> str | None:
         return None
     for trace in traces:
         names = [process["serviceName"] for process in trace["processes"].values()]
-        if "molink-gateway" in names and sum(name != "molink-gateway" for name in names) >= 1:
-            return f"{len(trace['spans'])} spans from {', '.join(sorted(set(names)))}"
+        if names.count("molink-stage-worker") >= 2:
+            return f"{len(trace['spans'])} spans from {', '.join(sorted(names))}"
     return None
 
 
@@ -377,11 +393,12 @@ def main() -> int:
         ("kill a worker mid-stream", check.kill_worker),
         ("the worker comes back", check.comes_back),
         ("without the collector", check.without_collector),
+        ("stop", check.stop),
         ("take everything down", check.take_down),
     ]
     skipped = {check.build} if check.options.no_build else set()
     if check.options.keep:
-        skipped.add(check.take_down)
+        skipped |= {check.stop, check.take_down}
     # ended from outside it takes everything down as well, as after Ctrl-C
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     begun = time.monotonic()
