@@ -90,7 +90,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.inbox: list[Event] = []
         self.store: dict[str, StoredSequence] = {}
         self.snapshot = Snapshot()
-        self.epoch = 0
+        self.epoch = self.assigned_epoch = 0
         self.number = 0
         self.submitted: dict[int, str] = {}
         self.admitted: set[str] = set()
@@ -113,7 +113,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.epoch = max(self.epoch, above) + 1
                 self.inbox.append(EpochTaken(self.epoch))
             case AssignStageTo(name, stage):
-                assert stage.epoch == self.epoch
+                assert stage.epoch >= self.assigned_epoch
+                self.assigned_epoch = stage.epoch
                 self.inbox.append(AssignAnswered(name, stage.epoch, self.assign(name, stage)))
             case StartSequenceAt(name, start):
                 self.inbox.append(StartAnswered(start.sequence, start.epoch, self.start(name, start)))

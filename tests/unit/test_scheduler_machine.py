@@ -224,6 +224,14 @@ def test_an_epoch_that_nobody_wants_any_more_changes_nothing(ready: Driver) -> N
     assert ready.machine.books.highest_epoch == 9
 
 
+def test_an_epoch_older_than_what_a_worker_has_is_drawn_again() -> None:
+    driver = Driver()
+    driver.beat(make_heartbeat("w1"), make_heartbeat("w2"))
+    driver.beat(make_heartbeat("w1", stage=make_stage(7, 0, HALVES[0])))
+    assert driver.do(EpochTaken(1)) == [TakeEpoch(7)]
+    assert [type(one) for one in driver.do(EpochTaken(8))] == [SavePipeline, AssignStageTo, AssignStageTo]
+
+
 # --- the life of a sequence ---
 
 
@@ -432,6 +440,16 @@ def test_sequences_fail_in_words_when_no_pipeline_comes_back(running: Driver) ->
     failed = done[0]
     assert isinstance(failed, FailSequence) and "within 60 s" in failed.failed.message
     assert refusal(running.do(SequenceSubmitted(make_request(S2), 9))).code is RefusalCode.NO_PIPELINE
+
+
+def test_a_submission_waits_for_a_pipeline_all_of_whose_workers_have_gone(ready: Driver) -> None:
+    ready.wait(6)
+    assert ready.machine.state(now_s=ready.now_s).workers == ()
+    assert ready.do(SequenceSubmitted(make_request(S1), 7)) == [SaveSequence(record_of(S1))]
+    ready.do(SequenceSaved(S1))
+    stranger = make_heartbeat("x", card=make_card(fingerprint="0" * 16))
+    assert ready.wait(5, beats=(stranger,)) == []
+    assert ready.beat(make_heartbeat("w3")) == [TakeEpoch(1)]
 
 
 def test_a_sequence_that_no_longer_fits_fails() -> None:

@@ -9,7 +9,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from molink_common.messages import Heartbeat, StageReport
+from molink_common.messages import Heartbeat, ModelCard, StageReport
 from molink_scheduler.placement import Placement
 from molink_scheduler.records import PipelineRecord, SequenceRecord
 from molink_scheduler.settings import SchedulerSettings
@@ -94,6 +94,8 @@ class Pipeline:
     phase_since_s: float = 0.0
     layout: PipelineRecord | None = None
     """While LOADING or READY."""
+    card: ModelCard | None = None
+    """The model of the last layout."""
     placement: Placement | None = None
     """The last one that was computed, for its reasons."""
     refused_for: tuple[object, ...] | None = None

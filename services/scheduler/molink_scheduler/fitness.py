@@ -10,15 +10,15 @@ from molink_scheduler.placement import Offer, Placement, PlacementSettings, choo
 
 
 def pool_card(books: Books) -> ModelCard | None:
-    """The model that is served: the pipeline's, else the one that most workers have prepared."""
-    if books.pipeline.layout is not None:
-        return books.pipeline.layout.card
-    cards = {worker.heartbeat.card.fingerprint: worker.heartbeat.card for worker in books.workers.values()
-             if worker.heartbeat.card is not None}  # fmt: skip
+    """The model that is served: the pipeline's, also while sequences wait for it; else what most have prepared."""
+    pipeline = books.pipeline
+    if pipeline.layout is not None or (books.sequences and pipeline.card is not None):
+        return pipeline.card
+    cards = [worker.heartbeat.card for worker in books.workers.values() if worker.heartbeat.card is not None]
     if not cards:
-        return None
-    votes = Counter(worker.heartbeat.card.fingerprint for worker in books.workers.values() if worker.heartbeat.card)
-    return cards[votes.most_common(1)[0][0]]
+        return pipeline.card
+    fingerprint, _ = Counter(card.fingerprint for card in cards).most_common(1)[0]
+    return next(card for card in cards if card.fingerprint == fingerprint)
 
 
 def why_unfit(worker: Worker, card: ModelCard | None, now_s: float) -> str | None:

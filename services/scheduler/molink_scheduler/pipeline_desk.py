@@ -102,8 +102,13 @@ def plan(books: Books, now_s: float) -> Iterator[Instruction]:
 def epoch_taken(books: Books, epoch: int, now_s: float) -> Iterator[Instruction]:
     """Place over the workers that are fit now, and assign every stage."""
     pipeline = books.pipeline
+    is_newest = epoch > books.highest_epoch
     books.highest_epoch = max(books.highest_epoch, epoch)
     if pipeline.phase is not PipelinePhase.FORMING:
+        return
+    if not is_newest:
+        # meanwhile a worker has told of a later one, which it would not give up for this
+        yield TakeEpoch(books.highest_epoch)
         return
     workers = fit_workers(books, now_s)
     if not workers:
@@ -129,7 +134,7 @@ def epoch_taken(books: Books, epoch: int, now_s: float) -> Iterator[Instruction]
             for stage in layer_map.stages
         ),
     )
-    pipeline.layout = layout
+    pipeline.layout, pipeline.card = layout, layout.card
     pipeline.accepted_s, pipeline.awaited_until_s = {}, now_s
     pipeline.move(PipelinePhase.LOADING, now_s)
     yield SavePipeline(layout)
@@ -157,7 +162,7 @@ def epoch_taken(books: Books, epoch: int, now_s: float) -> Iterator[Instruction]
 def restore(books: Books, layout: PipelineRecord, now_s: float) -> None:
     """Take the pipeline up as it was kept; the workers' heartbeats decide whether it still serves."""
     pipeline = books.pipeline
-    pipeline.layout = layout
+    pipeline.layout, pipeline.card = layout, layout.card
     pipeline.lost_s, pipeline.lost_because = now_s, "the scheduler has started again"
     pipeline.accepted_s = {stage.worker: now_s for stage in layout.stages}
     pipeline.awaited_until_s = now_s + WORKER_SILENT_S
