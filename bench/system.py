@@ -74,6 +74,9 @@ async def _until_ready(process: asyncio.subprocess.Process, port: int, log: Path
                 if (await client.get(f"http://127.0.0.1:{port}/health")).status_code == 200:
                     return
             if process.returncode is not None or loop.time() > deadline:
-                last_lines = log.read_text(errors="replace").splitlines()[-15:]
-                raise RuntimeError("the system did not become ready:\n" + "\n".join(last_lines))
+                raise RuntimeError("the system did not become ready:\n" + _last_lines(log))
             await asyncio.sleep(0.2)
+
+
+def _last_lines(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-15:])

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from molink_common.wire import Entry, Logits
-from molink_stage_worker.engine import load_engine
 from molink_stage_worker.engine.families import FAMILIES
 from molink_stage_worker.engine.interface import Engine
+from molink_stage_worker.engine.loading import load_engine
 from tests.architectures.staggered_run import Plan, run_chain, run_staggered, tiny_spec
 from tests.architectures.tiny_models import CONFIGS, NUM_LAYERS, VOCABULARY_SIZE, make_tiny_model
 

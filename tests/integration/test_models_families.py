@@ -15,8 +15,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from molink_common.errors import ModelError
 from molink_common.wire import Entry, Logits
-from molink_stage_worker.engine import load_engine
 from molink_stage_worker.engine.families import FAMILIES, Serving
+from molink_stage_worker.engine.loading import load_engine
 from molink_stage_worker.models import PreparedModel, Progress, prepare
 from molink_stage_worker.models.files import LocalFiles
 from molink_stage_worker.models.reference import HubModel

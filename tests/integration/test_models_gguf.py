@@ -14,7 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from molink_common.errors import ModelError
-from molink_stage_worker.models import default_cache, demo, prepare
+from molink_common.folders import cache_folder
+from molink_stage_worker.models import demo, prepare
 from molink_stage_worker.models.cache import MANIFEST
 
 HIDDEN, LAYERS, HEADS = 32, 2, 4
@@ -167,7 +168,7 @@ def test_the_program_says_what_is_wrong_in_one_sentence(tmp_path: Path) -> None:
 
 def test_the_demo_model() -> None:
     """In the user's own cache: the first run downloads and converts it, for this test and for all that serve it."""
-    prepared = prepare("demo", cache=default_cache())
+    prepared = prepare("demo", cache=cache_folder())
     card = prepared.card
     assert (card.name, card.aliases) == (demo.NAME, ("demo",))
     assert (card.family, card.packed, card.num_layers) == ("llama", True, 30)
@@ -191,10 +192,11 @@ import molink_stage_worker
 engine = types.ModuleType("molink_stage_worker.engine")
 engine.__path__ = [str(pathlib.Path(molink_stage_worker.__file__).parent / "engine")]
 sys.modules["molink_stage_worker.engine"] = engine
-from molink_stage_worker.models import default_cache, prepare
-prepare("demo", cache=default_cache())
+from molink_common.folders import cache_folder
+from molink_stage_worker.models import prepare
+prepare("demo", cache=cache_folder())
 print(sorted({"torch", "transformers", "huggingface_hub"} & set(sys.modules)))
 """
-    prepare("demo", cache=default_cache())
+    prepare("demo", cache=cache_folder())
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "[]\n"

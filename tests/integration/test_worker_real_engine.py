@@ -12,7 +12,7 @@ import torch
 from molink.embedded import EmbeddedServer
 from molink_common.bus import NatsBus
 from molink_common.messages import ModelCard
-from molink_stage_worker.engine import load_engine
+from molink_stage_worker.engine.loading import load_engine
 from molink_stage_worker.stage_slot import Told
 from tests.architectures.tiny_models import NUM_LAYERS, VOCABULARY_SIZE, make_tiny_model
 from tests.integration.worker_pool import open_pool

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from molink.folders import KEPT_RUNS, cache_folder, new_run_folder
+from molink.folders import KEPT_RUNS, new_run_folder
 from molink.lock import AlreadyRunning, Holder, current_holder, hold, holders, lock_file
 
 HERE = Holder(pid=1234, port=8000, url="http://127.0.0.1:8000")
@@ -60,14 +60,6 @@ with hold(Path({str(tmp_path)!r}), Holder(pid=1, port=8000, url="u")):
         process.wait()
     with hold(tmp_path, HERE):
         pass
-
-
-def test_the_cache_folder_follows_the_platform_and_the_setting(tmp_path: Path) -> None:
-    assert cache_folder({"MOLINK_CACHE": str(tmp_path)}, "linux") == tmp_path
-    assert cache_folder({"XDG_CACHE_HOME": "/x"}, "linux") == Path("/x/molink")
-    assert cache_folder({}, "linux") == Path.home() / ".cache" / "molink"
-    assert cache_folder({}, "darwin") == Path.home() / "Library" / "Caches" / "molink"
-    assert cache_folder({"LOCALAPPDATA": "/local"}, "win32") == Path("/local/molink")
 
 
 def test_only_a_few_runs_of_each_port_are_kept(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ from transformers import LlamaConfig, OPTConfig
 
 from molink_common.errors import ModelError
 from molink_common.messages import Dtype
-from molink_stage_worker.engine import load_engine
 from molink_stage_worker.engine.families import FAMILIES, Serving, family_of, serving_of, strict_context_length
 from molink_stage_worker.engine.interface import StageSpec
+from molink_stage_worker.engine.loading import load_engine
 
 
 def spec(folder: Path, num_layers: int = 2) -> StageSpec:

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from molink_common.errors import ModelError, ProtocolError
 from molink_common.wire import Entry, Logits
-from molink_stage_worker.engine import load_engine
 from molink_stage_worker.engine.interface import Engine
+from molink_stage_worker.engine.loading import load_engine
 from tests.architectures.staggered_run import tiny_spec
 from tests.architectures.tiny_models import NUM_LAYERS, make_tiny_model
 

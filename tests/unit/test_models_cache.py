@@ -9,7 +9,7 @@ from filelock import FileLock
 
 from molink_common.errors import ModelError
 from molink_stage_worker.models import demo
-from molink_stage_worker.models.cache import MANIFEST, Progress, built_once, default_cache, is_sound, no_progress
+from molink_stage_worker.models.cache import MANIFEST, Progress, built_once, is_sound, no_progress
 from molink_stage_worker.models.files import LocalFiles, sampled_identity
 from molink_stage_worker.models.safetensors_header import parse_header, read_header
 from molink_stage_worker.models.stage_folder import assemble
@@ -111,14 +111,6 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ModelError, match="MOLINK_CACHE"):
         built_once(tmp_path / "file" / "thing", Builder())
-
-
-def test_the_users_cache_folder() -> None:
-    assert default_cache({"MOLINK_CACHE": "/c"}, "linux") == Path("/c")
-    assert default_cache({"XDG_CACHE_HOME": "/x"}, "linux") == Path("/x/molink")
-    assert default_cache({}, "linux") == Path.home() / ".cache" / "molink"
-    assert default_cache({"XDG_CACHE_HOME": "/x"}, "darwin") == Path.home() / "Library" / "Caches" / "molink"
-    assert default_cache({"LOCALAPPDATA": "/l"}, "win32") == Path("/l/molink")
 
 
 def test_a_stage_folder_follows_its_files(tmp_path: Path) -> None:

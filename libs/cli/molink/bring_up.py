@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from molink import embedded
-from molink.folders import cache_folder, locks_folder, new_run_folder
+from molink.folders import locks_folder, new_run_folder
 from molink.leash import Leash
 from molink.lock import Holder, hold
 from molink.memory import share_for_each, show_size, weight_bytes, what_is_lacking
@@ -30,6 +30,7 @@ from molink.supervisor import Supervisor, supervise
 from molink_common import __version__, messages, subjects
 from molink_common.bus import Bus, BusSettings, Incoming, open_bus
 from molink_common.errors import MolinkError, ProtocolError
+from molink_common.folders import cache_folder
 from molink_common.messages import ClusterState, Dtype, ModelCard
 
 _GATEWAY_TIMEOUT_S = 30.0

@@ -17,11 +17,11 @@ import orjson
 import typer
 from rich.console import Console
 
-from molink.folders import cache_folder
 from molink.openai_stream import response_error
 from molink.status import fetch
 from molink.supervisor import python_command
 from molink_common.errors import MolinkError
+from molink_common.folders import cache_folder
 from molink_common.messages import ClusterState
 
 _ANSWER_TIMEOUT_S = 600.0

@@ -10,9 +10,10 @@ from typing import Annotated
 
 import typer
 
-from molink.folders import cache_folder, locks_folder
+from molink.folders import locks_folder
 from molink.lock import Holder, current_holder, holders
 from molink_common.errors import MolinkError
+from molink_common.folders import cache_folder
 
 _STOP_TIMEOUT_S = 40.0
 _LOOK_AGAIN_S = 0.1

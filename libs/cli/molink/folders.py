@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 KEPT_RUNS = 5
 """How many folders of logs stay behind for each port."""
-
-
-def cache_folder(environment: Mapping[str, str] = os.environ, platform: str = sys.platform) -> Path:
-    """The folder for everything that can be made again. It need not exist yet."""
-    if chosen := environment.get("MOLINK_CACHE"):
-        return Path(chosen).expanduser()
-    if platform == "win32":
-        return Path(environment.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "molink"
-    if platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "molink"
-    return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "molink"
 
 
 def locks_folder(cache: Path) -> Path:

@@ -11,6 +11,7 @@
 - ``logs``      one structured line an event
 - ``telemetry`` OpenTelemetry set-up
 - ``service``   how a service starts and stops
+- ``folders``   where what can be fetched again is kept
 """
 
 __version__ = "0.1.0"

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 
 from molink_common.bus import open_bus
+from molink_common.folders import cache_folder
 from molink_common.identity import new_peer_id
 from molink_common.service import run_service
 from molink_common.telemetry import open_telemetry
-from molink_stage_worker.engine import load_engine
+from molink_stage_worker.engine.loading import load_engine
 from molink_stage_worker.hardware import inspect
-from molink_stage_worker.models import default_cache, prepare
+from molink_stage_worker.models import prepare
 from molink_stage_worker.settings import StageWorkerSettings, size_bytes
 from molink_stage_worker.stage_slot import SlotSettings, Told
 from molink_stage_worker.worker import Prepared, Worker
@@ -33,7 +34,7 @@ async def serve(settings: StageWorkerSettings, stop: asyncio.Event) -> None:
     memory_bytes = None if settings.memory == "auto" else size_bytes(settings.memory)
     hardware = inspect(device=settings.device, memory_bytes=memory_bytes)
     worker_id = settings.worker_id or new_peer_id("worker")
-    cache = settings.cache or default_cache()
+    cache = settings.cache or cache_folder()
     telemetry = open_telemetry(
         service="stage-worker",
         instance=worker_id,

@@ -86,6 +86,6 @@ def logit_rows(entries: Sequence[Entry]) -> list[int]:
 
 def bytes_of(model: Any) -> int:
     """Memory of parameters and buffers, tied ones counted once, and of packed projections."""
-    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
-    packed = sum(module.packed_bytes for module in model.modules() if isinstance(module, PackedProjection))
-    return sum(tensors.values()) + packed
+    tensors: dict[int, int] = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
+    packed = [module.packed_bytes for module in model.modules() if isinstance(module, PackedProjection)]
+    return sum([*tensors.values(), *packed])

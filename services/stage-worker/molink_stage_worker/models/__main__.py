@@ -16,7 +16,8 @@ from typing import Any
 import orjson
 
 from molink_common.errors import MolinkError
-from molink_stage_worker.models import default_cache, prepare
+from molink_common.folders import cache_folder
+from molink_stage_worker.models import prepare
 
 _LEAST_BETWEEN_LINES_S = 0.1
 
@@ -52,7 +53,7 @@ def main(arguments: list[str]) -> int:
     # a stop from outside unwinds like Ctrl-C, so that working folders are removed
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        model = prepare(options.reference, cache=options.cache or default_cache(), progress=ProgressLines())
+        model = prepare(options.reference, cache=options.cache or cache_folder(), progress=ProgressLines())
     except MolinkError as error:
         print_line({"error": str(error)})
         return 1

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import sys
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,17 +33,6 @@ _READ_BY_ALL = 0o644
 
 def no_progress(_doing: str, _share: float | None) -> None:
     """For callers whom nobody watches."""
-
-
-def default_cache(environment: Mapping[str, str] = os.environ, platform: str = sys.platform) -> Path:
-    """``MOLINK_CACHE``, else the platform's folder for what can be made again."""
-    if chosen := environment.get("MOLINK_CACHE"):
-        return Path(chosen).expanduser()
-    if platform == "win32":
-        return Path(environment.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "molink"
-    if platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "molink"
-    return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "molink"
 
 
 def sha256_of(path: Path, told: Callable[[float], None] | None = None) -> str:

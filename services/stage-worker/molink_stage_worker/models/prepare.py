@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +122,7 @@ def prepare(
     found = parse_reference(reference, on_disk=look_up(reference))
     match found:
         case DemoModel():
-            return _converted(demo.NAME, demo.ALIASES, demo.GGUF_SHA256, demo.build_demo, cache, progress)
+            return _demo(cache, progress)
         case GgufFile(file):
             return _gguf(file, cache, progress)
         case LocalFolder(folder):
@@ -130,6 +131,18 @@ def prepare(
             return _described(connect(found, cache / "hub"), cache, progress)
         case _:
             assert_never(found)
+
+
+def _demo(cache: Path, progress: Progress) -> PreparedModel:
+    """The download is kept until it is converted: a conversion that fails must not fetch it anew each time."""
+    download = cache / "downloads" / f"demo-{demo.GGUF_SHA256[:_SHORT]}"
+
+    def build(folder: Path, progress: Progress) -> None:
+        convert_gguf(built_once(download, demo.fetch_demo, progress) / demo.GGUF_NAME, folder, progress)
+
+    prepared = _converted(demo.NAME, demo.ALIASES, demo.GGUF_SHA256, build, cache, progress)
+    shutil.rmtree(download, ignore_errors=True)
+    return prepared
 
 
 def _gguf(file: Path, cache: Path, progress: Progress) -> PreparedModel:
