@@ -126,7 +126,7 @@ async def _leaks(system: RunningSystem, redis_url: str) -> dict[str, int]:
         status: Any = await system.status()
         head = next(worker["stage"]["head"] for worker in status["workers"] if (worker["stage"] or {}).get("head"))
         async with Redis.from_url(redis_url) as redis:
-            keys = [key async for key in redis.scan_iter("molink:*sequence:*")]
+            keys = [key async for key in redis.scan_iter("molink:v1:*") if b"sequence" in key or b"tokens" in key]
         leaks = {
             "kv_blocks_leaked": head["num_blocks"] - head["free_blocks"],
             "sequences_left": status["sequences"] + head["running"] + head["waiting"],
