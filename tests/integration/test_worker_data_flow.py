@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 
 import pytest
 
@@ -26,6 +26,7 @@ from molink_common.messages import (
     StopSequence,
 )
 from molink_common.sampling import SamplingOptions
+from molink_common.telemetry import AttributeValue, Telemetry
 from molink_common.wire import Entry, StepFrame, encode_frame
 from tests.integration.counting_engine import BLOCK, HIDDEN, CountingEngine, CountingModel, expected_text
 from tests.integration.worker_pool import Pool, open_pool
@@ -199,3 +200,32 @@ async def test_a_leaving_worker_says_so_and_ends(pool: Pool) -> None:
     async with pool.workers(1) as (name,):
         await pool.form([name])
     await pool.until(lambda: pool.beats[name].leaving)
+
+
+class Recorder(Telemetry):
+    """Keeps what would be exported."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.spans: list[tuple[str, int, int]] = []
+
+    def record(
+        self, name: str, *, parent: str, start_ns: int, end_ns: int, attributes: Mapping[str, AttributeValue]
+    ) -> None:
+        assert name == "stage step"
+        assert 0 < start_ns <= end_ns
+        self.spans.append((parent, int(attributes["molink.stage"]), int(attributes["molink.tokens"])))
+
+
+async def test_each_stage_records_a_span_for_each_step_of_a_traced_sequence(pool: Pool) -> None:
+    recorder = pool.telemetry = Recorder()
+    async with pool.workers(2) as names:
+        await pool.form(names)
+        trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+        traced = await pool.start(names[0], [4, 5, 6], 3, trace=trace)
+        plain = await pool.start(names[0], [4, 5], 3)
+        await pool.until(lambda: traced in pool.finishes and plain in pool.finishes)
+        await pool.until_idle(names[0])
+    assert len(recorder.spans) == 6
+    assert {parent for parent, _, _ in recorder.spans} == {trace}
+    assert [stage for _, stage, _ in recorder.spans].count(1) == 3

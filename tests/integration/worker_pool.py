@@ -46,6 +46,7 @@ class Pool:
     model: Prepared
     load: Load
     block_size: int
+    telemetry: Telemetry = field(default_factory=lambda: Telemetry(None))
     engines: dict[str, Engine] = field(default_factory=dict)
     beats: dict[str, Heartbeat] = field(default_factory=dict)
     tokens: dict[str, list[int]] = field(default_factory=dict)
@@ -113,7 +114,7 @@ class Pool:
                 drain_timeout_s=drain_timeout_s,
                 prepare=lambda _reference, _told: self.model,
                 load_engine=self.load_engine(name),
-                telemetry=Telemetry(None),
+                telemetry=self.telemetry,
             )
             workers.append(worker)
             stop = asyncio.Event()
@@ -160,7 +161,9 @@ class Pool:
             )
         )
 
-    async def start(self, head: str, prompt: Sequence[int], count: int, *, epoch: int = 1) -> str:
+    async def start(
+        self, head: str, prompt: Sequence[int], count: int, *, epoch: int = 1, trace: str | None = None
+    ) -> str:
         sequence = new_sequence_id()
         start = StartSequence(
             pipeline=self.pipeline,
@@ -168,6 +171,7 @@ class Pool:
             sequence=sequence,
             prompt=tuple(prompt),
             options=SamplingOptions(max_tokens=count, temperature=0.0),
+            trace=trace,
         )
         assert await self.to_head(head, start) == Done()
         return sequence

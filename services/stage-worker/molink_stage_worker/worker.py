@@ -112,6 +112,7 @@ class Worker:
             for subscription in subscriptions:
                 await subscription.close()
             beats.cancel()
+            await self._tell()
 
     def on_bus_fault(self, _problem: str) -> None:
         """The broker dropped or refused something: act as after an outage."""
@@ -177,7 +178,7 @@ class Worker:
     async def _leave(self) -> None:
         """Ask for the stage to be placed elsewhere; wait for that no longer than the setting says."""
         self._leaving = True
-        self._changed.set()
+        await self._tell()
         slot = self._slot
         if slot is None or slot.assignment is None:
             return
@@ -202,15 +203,17 @@ class Worker:
     # --- heartbeats ------------------------------------------------------------------------------------------
 
     async def _beat(self) -> None:
-        subject = subjects.heartbeat(self._worker)
         while True:
             self._changed.clear()
-            with contextlib.suppress(BusError):  # the next one says it; reconnecting wakes this up
-                await self._bus.send(subject, self._heartbeat())
+            await self._tell()
             # not wait_for: in Python 3.11 it swallows a cancellation that meets the event being set
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_HEARTBEAT_S):
                     await self._changed.wait()
+
+    async def _tell(self) -> None:
+        with contextlib.suppress(BusError):  # the next one says it; reconnecting sends one at once
+            await self._bus.send(subjects.heartbeat(self._worker), self._heartbeat())
 
     def _heartbeat(self) -> Heartbeat:
         return Heartbeat(
