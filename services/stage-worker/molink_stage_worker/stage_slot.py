@@ -189,6 +189,7 @@ class StageSlot:
             initializer=torch.set_num_threads,
             initargs=(self._settings.threads,),
         )
+        runner: StageRunner | None = None
         try:
             loop = asyncio.get_running_loop()
             engine = await loop.run_in_executor(executor, self._load, assignment, checkpoints, abandoned, loop)
@@ -200,13 +201,13 @@ class StageSlot:
                 log.error("stage failed", problem=_sentence(error))
             else:
                 log.exception("stage failed", problem=_sentence(error))
-            runner = None
             if not abandoned.is_set():
                 self._runner = None
                 self._enter(StagePhase.FAILED, _sentence(error))
         finally:
             # the engine's memory is in use until the thread has ended; the next stage waits for this task
             await asyncio.shield(asyncio.to_thread(executor.shutdown, wait=True, cancel_futures=True))
+            runner = None  # the last one to hold the engine
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
