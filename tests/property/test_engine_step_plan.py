@@ -120,6 +120,28 @@ def test_every_token_attends_to_its_own_past(
         torch.testing.assert_close(output_THE[span.row : span.row + span.count], wanted, atol=1e-5, rtol=1e-5)
 
 
+def test_bfloat16_decode_of_many_keys_stays_close_to_float32() -> None:
+    """Long groups take another way than short ones; both must give what float32 gives, up to rounding."""
+    spans, num_blocks = placed([(length, 1) for length in (300, 290, 310, 299)], seed=1)
+    generator = torch.Generator().manual_seed(1)
+    heads = (QUERY_HEADS, KEY_HEADS, KEY_HEADS)
+    pasts = [[torch.randn(n, s.start, HEAD_SIZE, generator=generator) for n in heads] for s in spans]
+    now = [torch.randn(1, n, len(spans), HEAD_SIZE, generator=generator) for n in heads]
+    outputs = []
+    for dtype in (torch.float32, torch.bfloat16):
+        store = KvStore(num_blocks, BLOCK_SIZE)
+        for span, past in zip(spans, pasts, strict=True):
+            before = Placement((Span(0, 0, span.start, span.blocks),), tuple(span.blocks.tolist()))
+            plan = StepPlan(before, block_size=BLOCK_SIZE, device=torch.device("cpu"), dtype=dtype)
+            query, key, value = (state[None].to(dtype) for state in past)
+            paged_attention(Layer(), query, key, value, None, paged=PagedStep(store, plan))
+        plan = StepPlan(Placement(tuple(spans), ()), block_size=BLOCK_SIZE, device=torch.device("cpu"), dtype=dtype)
+        query, key, value = (state.to(dtype) for state in now)
+        output, _ = paged_attention(Layer(), query, key, value, None, paged=PagedStep(store, plan))
+        outputs.append(output.float())
+    torch.testing.assert_close(outputs[1], outputs[0], atol=0.02, rtol=0.02)
+
+
 @given(st.lists(st.integers(2, 5000), max_size=40))
 def test_groups_hold_each_sequence_once_and_pad_little(ends: list[int]) -> None:
     spans = [Span(row, end - 1, 1, np.arange(1)) for row, end in enumerate(ends)]

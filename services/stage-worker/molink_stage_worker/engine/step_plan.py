@@ -124,13 +124,14 @@ class StepPlan:
             blocks[index, len(own) :] = own[-1]  # padding reads what is surely its own, hence finite
         # positions within each sequence's gathered keys
         lows, highs = firsts - first_blocks * size, ends - first_blocks * size
-        low, high = int(lows.min()), int(highs.max())
         mask = None
-        if lows.max() != low or highs.min() != high:
-            keys_S = np.arange(low, high)
+        # whole blocks: kernels are several times slower on a part of each sequence's keys, or on an odd number
+        num_keys = num_blocks * size
+        if lows.max() > 0 or highs.min() < num_keys:
+            keys_S = np.arange(num_keys)
             hidden_BS = (keys_S < lows[:, None]) | (keys_S >= highs[:, None])
             mask = self._mask(hidden_BS)[:, None, None, :]
-        return KeyView(None, self._tensor(blocks.reshape(-1)), len(spans), slice(low, high), mask)
+        return KeyView(None, self._tensor(blocks.reshape(-1)), len(spans), slice(0, num_keys), mask)
 
     def _chunk(self, span: Span, window: int | None) -> Chunk:
         rows = slice(span.row, span.row + span.count)
