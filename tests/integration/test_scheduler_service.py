@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import pytest
 from redis.asyncio import Redis
 
-from molink.embedded import EmbeddedServer, free_port, start_nats
+from molink.embedded import EmbeddedServer, free_port, start_nats, start_redis
 from molink_common import subjects
 from molink_common.bus import BusSettings, NatsBus, open_bus, serve
 from molink_common.identity import new_sequence_id
@@ -350,3 +353,59 @@ async def test_a_second_scheduler_stands_by_and_takes_over(stand: Stand) -> None
     await stand.until_no_sequence_keys()
     assert len(head.starts) == 1
     head.is_alive = tail.is_alive = False
+
+
+async def test_redis_may_fail_and_come_back_empty(stand: Stand, tmp_path: Path) -> None:
+    redis = start_redis(tmp_path)
+    try:
+        stand.settings = stand.settings.model_copy(update={"redis_url": redis.url})
+        head, tail = stand.start_worker("w1"), stand.start_worker("w2")
+        stand.start_scheduler()
+        await stand.until_state(lambda state: state.ready)
+        sequence, _ = await stand.submit()
+        await head.until(lambda: sequence in head.started)
+        await tail.speak(sequence, 0, 11)
+        redis.stop()
+        await stand.until_state(lambda state: not state.ready and "Redis" in state.reason)
+        _, refused = await stand.submit()
+        assert isinstance(refused, Refused) and refused.code is RefusalCode.NO_PIPELINE
+        await tail.speak(sequence, 1, 12)
+        redis = start_redis(tmp_path, redis.port)
+        await stand.until_state(lambda state: state.ready and state.sequences == 1)
+        async with Redis.from_url(redis.url) as stand.redis:
+            await stand.until_tokens(sequence, 8)
+            assert len(head.starts) == 1
+            await tail.speak(sequence, 2, 13, FinishReason.STOP)
+            await stand.until_no_sequence_keys()
+        _, answer = await stand.submit()
+        assert isinstance(answer, Admitted)
+        head.is_alive = tail.is_alive = False
+    finally:
+        redis.stop()
+
+
+async def test_the_service_starts_and_stops_as_a_process(stand: Stand) -> None:
+    flags = ["--nats-url", stand.settings.nats_url, "--redis-url", stand.settings.redis_url]
+    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "molink_scheduler", *flags)
+    await stand.until_state(lambda state: state.reason == "no worker is there")
+    process.terminate()
+    assert await asyncio.wait_for(process.wait(), 10) == 0
+    assert await stand.redis.exists("molink:v1:lease") == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--stages", "none"], b"--stages / MOLINK_STAGES"),
+        (["--redis-url", "nonsense"], b"--redis-url"),
+        (["--redis-url", "redis://127.0.0.1:9/0", "--redis-connect-timeout-s", "0.3"], b"--redis-url"),
+        (["--max-sequence", "3"], b"--max-sequences"),
+    ],
+)
+async def test_wrong_settings_end_with_a_sentence(stand: Stand, flags: list[str], words: bytes) -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "molink_scheduler", "--nats-url", stand.settings.nats_url, *flags, stderr=subprocess.PIPE
+    )
+    _, complaint = await asyncio.wait_for(process.communicate(), 20)
+    assert process.returncode in (1, 2)
+    assert words in complaint and b"Traceback" not in complaint

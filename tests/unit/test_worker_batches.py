@@ -159,6 +159,51 @@ def test_the_newest_gives_way_when_blocks_run_out_and_keeps_its_tokens() -> None
     assert plan.entries[-1].count == 3 + indices[2]
 
 
+def one_old_one_new(**limits: int) -> tuple[Batcher, dict[int, int]]:
+    """Both need a block for their next token, one is free, and it is the newer one's turn."""
+    head, indices = batcher(num_blocks=4, step_tokens=7, **limits), dict[int, int]()
+    head.add(start(1, prompt=8))
+    head.add(start(2, prompt=4))
+    head.on_tokens(result(plan_of(head), indices))
+    second = plan_of(head)
+    assert shape(second) == [(1, 7, 1, Logits.LAST), (2, 0, 4, Logits.LAST)]
+    head.on_tokens(result(second, indices))
+    return head, indices
+
+
+def test_who_gives_way_is_taken_out_of_the_step_that_is_being_made() -> None:
+    head, indices = one_old_one_new()
+    head._running[sequence_id(1)] = head._running.pop(sequence_id(1))
+    plan = plan_of(head)
+    assert shape(plan) == [(1, 8, 1, Logits.LAST)]
+    assert plan.closes == (sequence_id(2),)
+    assert indices == {1: 1, 2: 1}
+
+
+def test_who_gave_way_starts_anew_only_when_its_last_step_is_back() -> None:
+    head, indices = one_old_one_new(max_steps_under_way=3)
+    head._running[sequence_id(1)] = head._running.pop(sequence_id(1))
+    newer = plan_of(head)
+    assert shape(newer) == [(2, 4, 1, Logits.LAST)]
+    older = plan_of(head)
+    assert shape(older) == [(1, 8, 1, Logits.LAST)]
+    head.stop(sequence_id(1))
+    assert head.next_step() is None
+    head.on_tokens(result(newer, indices))
+    again = plan_of(head)
+    assert shape(again) == [(2, 0, 6, Logits.LAST)]
+    assert again.opens[0].generated == (7, 7)
+
+
+def test_what_a_lost_step_closed_is_closed_again() -> None:
+    head = batcher()
+    head.add(start(1, prompt=2))
+    head.on_tokens(result(plan_of(head), {}, FinishReason.STOP))
+    assert plan_of(head).closes == (sequence_id(1),)
+    head.on_all_lost()
+    assert plan_of(head).closes == (sequence_id(1),)
+
+
 def test_a_sequence_is_refused_when_it_can_never_fit_and_when_the_queue_is_full() -> None:
     head = batcher(num_blocks=2, max_waiting=1)
     with pytest.raises(CapacityError, match="8 tokens"):

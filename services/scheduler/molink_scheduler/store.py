@@ -16,6 +16,7 @@ lost can simply be written again.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import struct
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -222,6 +223,10 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except (redis.exceptions.RedisError, OSError, TimeoutError) as error:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            # a connection that breaks while it is being closed for a cancellation hides the cancellation
+            raise asyncio.CancelledError from error
         raise StoreUnavailable(f"Redis: {error!r}") from error
 
 
