@@ -85,7 +85,7 @@ class BatchingMachine(RuleBasedStateMachine):
         super().__init__()
         self.batcher = Batcher(self.limits)
         self.stages = Stages(self.limits)
-        self.under_way: deque[StepTokens] = deque()
+        self.under_way: deque[StepPlan] = deque()
         self.live: dict[str, tuple[int, int]] = {}
         self.heard: dict[str, int] = {}
         self.added = 0
@@ -124,12 +124,12 @@ class BatchingMachine(RuleBasedStateMachine):
         assert sum(entry.count for entry in plan.entries) == len(plan.token_ids) <= self.limits.step_tokens
         assert len({entry.sequence for entry in plan.entries}) == len(plan.entries)
         assert plan.entries or plan.closes
-        self.under_way.append(self.stages.run(plan))
+        self.under_way.append(plan)
 
     @precondition(lambda self: self.under_way)
     @rule()
     def result(self) -> None:
-        tokens = self.under_way.popleft()
+        tokens = self.stages.run(self.under_way.popleft())
         for event in tokens.events:
             if event.sequence in self.live and event.index == self.heard[event.sequence]:
                 self.heard[event.sequence] += 1
@@ -139,9 +139,11 @@ class BatchingMachine(RuleBasedStateMachine):
         self.give_up()
 
     @precondition(lambda self: self.under_way)
-    @rule()
-    def result_is_lost(self) -> None:
-        """The tail published, the head did not hear: everything under way is taken for lost."""
+    @rule(arrived=st.integers(0, 3))
+    def all_is_lost(self, arrived: int) -> None:
+        """Some frames reached the stages and their tokens were not heard of; the others were lost before."""
+        for plan in list(self.under_way)[:arrived]:
+            self.stages.run(plan)
         self.under_way.clear()
         self.batcher.on_all_lost()
         self.give_up()
