@@ -16,8 +16,9 @@ import psutil
 import pytest
 
 from molink.embedded import free_port
-from molink.folders import cache_folder, locks_folder
+from molink.folders import locks_folder
 from molink.lock import lock_file
+from molink_common.folders import cache_folder
 from tests.e2e.conftest import READY_TIMEOUT_S
 from tests.e2e.running_system import RunningSystem, start_system, survivors
 

@@ -131,6 +131,16 @@ def test_status_in_both_forms(endpoint: tuple[str, type[Endpoint]]) -> None:
     assert json.loads(as_json.stdout)["reason"] == "no worker is there"
 
 
+@pytest.mark.parametrize("server", ["nats", "redis"])
+def test_up_wants_the_servers_that_it_is_given_to_answer(server: str) -> None:
+    port, up_port = free_port(), free_port()
+    done = run_molink("up", "--port", str(up_port), f"--{server}", f"{server}://user:secret@127.0.0.1:{port}")
+    assert done.returncode == 1
+    assert f"--{server} 127.0.0.1:{port}" in done.stderr
+    assert "secret" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_version_and_unknown_commands() -> None:
     assert run_molink("--version").stdout.startswith("molink 0.")
     assert run_molink("serve").returncode == 2

@@ -11,6 +11,7 @@ import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 from rich.console import Console
@@ -33,6 +34,7 @@ from molink_common.errors import MolinkError, ProtocolError
 from molink_common.folders import cache_folder
 from molink_common.messages import ClusterState, Dtype, ModelCard
 
+_CONNECT_TIMEOUT_S = 3.0
 _GATEWAY_TIMEOUT_S = 30.0
 _LOOK_AGAIN_S = 0.1
 
@@ -105,10 +107,24 @@ def _refuse_taken_port(options: UpOptions) -> None:
 
 
 def _refuse_missing_servers(options: UpOptions) -> None:
+    """Before minutes go into a model: our own servers must be installed, those given must answer."""
     if options.nats_url is None:
         embedded.find_nats_server()
+    elif not any(_answers(address, 4222) for address in options.nats_url.split(",")):
+        raise DidNotComeUp(f"no NATS server answers at --nats {options.nats_url.rpartition('@')[2]}")
     if options.redis_url is None:
         embedded.find_redis_server()
+    elif not _answers(options.redis_url, 6379):
+        raise DidNotComeUp(f"no Redis server answers at --redis {options.redis_url.rpartition('@')[2]}")
+
+
+def _answers(url: str, default_port: int) -> bool:
+    try:
+        parts = urlsplit(url.strip() if "://" in url else f"//{url.strip()}")
+        with socket.create_connection((parts.hostname or "", parts.port or default_port), timeout=_CONNECT_TIMEOUT_S):
+            return True
+    except (OSError, ValueError):
+        return False
 
 
 def _dtype(options: UpOptions, device: Device) -> Dtype:
