@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
+from molink.embedded import find_nats_server, free_port
 from molink_common import subjects
 from molink_common.bus import BusSettings, Incoming, NatsBus, open_bus, serve
 from molink_common.errors import BusUnavailable, NobodyListens, ProtocolError, RequestTimeout
@@ -82,3 +84,22 @@ async def test_no_server_is_an_error_that_names_the_setting() -> None:
         async with open_bus(settings, name="x"):
             pass
     assert "secret" not in str(caught.value)
+
+
+async def test_a_wrong_password_is_told_from_a_server_that_is_away(tmp_path: Path) -> None:
+    port = free_port()
+    config = tmp_path / "auth.conf"
+    config.write_text(f'listen: "127.0.0.1:{port}"\nauthorization {{ user: a, password: b }}\n')
+    server = await asyncio.create_subprocess_exec(
+        find_nats_server(), "-c", config, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL
+    )
+    try:
+        async with open_bus(BusSettings(url=f"nats://127.0.0.1:{port}", user="a", password="b"), name="x") as bus:
+            assert bus.is_connected
+        wrong = BusSettings(url=f"nats://127.0.0.1:{port}", user="a", password="c", connect_timeout_s=0.3)
+        with pytest.raises(BusUnavailable, match="refuses this user"):
+            async with open_bus(wrong, name="x"):
+                pass
+    finally:
+        server.kill()
+        await server.wait()

@@ -252,10 +252,13 @@ async def open_bus(
     Raises:
         BusUnavailable: no connection within `connect_timeout_s`; the message says which address was tried.
     """
+    refusals: list[Exception] = []
 
     async def fault(error: Exception) -> None:
-        if isinstance(error, (ConnectionRefusedError, nats.errors.NoServersError)):
-            return  # the client tries again by itself; `disconnected` has said so already
+        if "authorization" in str(error).lower():  # while connecting, the client knows no type for it
+            refusals[:] = [error]
+        if not client.is_connected and isinstance(error, (OSError, nats.errors.Error)):
+            return  # the client tries again by itself; `disconnected` or `_connect` says so
         log.warning("bus fault", problem=repr(error))
         if on_fault is not None:
             on_fault(repr(error))
@@ -272,7 +275,7 @@ async def open_bus(
     options: dict[str, Any] = {}
     if settings.credentials_file is not None:
         options["user_credentials"] = settings.credentials_file
-    await _connect(client, settings, name, fault, disconnected, reconnected, options)
+    await _connect(client, settings, name, fault, disconnected, reconnected, refusals, options)
     try:
         yield NatsBus(client, settings)
     finally:
@@ -287,6 +290,7 @@ async def _connect(
     fault: Callable[[Exception], Awaitable[None]],
     disconnected: Callable[[], Awaitable[None]],
     reconnected: Callable[[], Awaitable[None]],
+    refusals: list[Exception],
     options: dict[str, Any],
 ) -> None:
     """Try until a server answers. The services may start before the broker, so a refusal is not the end."""
@@ -314,6 +318,11 @@ async def _connect(
                 **options,
             )
         except (TimeoutError, nats.errors.Error, OSError) as error:
+            if loop.time() >= deadline and refusals:
+                raise BusUnavailable(
+                    f"the NATS server at {_without_password(settings.url)} refuses this user and password: "
+                    "set --nats-user and --nats-password, or --nats-credentials-file"
+                ) from error
             if loop.time() >= deadline:
                 raise BusUnavailable(
                     f"no NATS server answers at {_without_password(settings.url)} "

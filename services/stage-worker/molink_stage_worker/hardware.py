@@ -15,6 +15,7 @@ from molink_common.messages import Dtype
 _OFFERED_SHARE = 0.8
 _CPUINFO = Path("/proc/cpuinfo")
 _CGROUP = Path("/sys/fs/cgroup")
+_NO_LIMIT_BYTES = 1 << 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,11 +104,15 @@ def _available_bytes(device: str) -> int:
     return available if limit is None else min(available, limit)
 
 
-def _cgroup_room_bytes() -> int | None:
-    """What a container's limit leaves, or None without a limit."""
-    try:
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        used = int((_CGROUP / "memory.current").read_text())
-    except (OSError, ValueError):
-        return None
-    return None if limit == "max" else max(int(limit) - used, 0)
+def _cgroup_room_bytes(folder: Path = _CGROUP) -> int | None:
+    """What a container's limit leaves, or None without a limit. Reads both versions of control groups."""
+    names = ("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")
+    for limit_name, used_name in names:
+        try:
+            limit = (folder / limit_name).read_text().strip()
+            used = int((folder / used_name).read_text())
+        except (OSError, ValueError):
+            continue
+        # the older version says "no limit" with a number near the largest there is
+        return None if limit == "max" or int(limit) >= _NO_LIMIT_BYTES else max(int(limit) - used, 0)
+    return None

@@ -1,0 +1,30 @@
+"""What a container's memory limit leaves, under both versions of control groups."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from molink_stage_worker.hardware import _cgroup_room_bytes
+
+
+def write(folder: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("files", "room"),
+    [
+        ({}, None),
+        ({"memory.max": "max\n", "memory.current": "5\n"}, None),
+        ({"memory.max": "100\n", "memory.current": "40\n"}, 60),
+        ({"memory.max": "100\n", "memory.current": "140\n"}, 0),
+        ({"memory/memory.limit_in_bytes": "100\n", "memory/memory.usage_in_bytes": "30\n"}, 70),
+        ({"memory/memory.limit_in_bytes": "9223372036854771712\n", "memory/memory.usage_in_bytes": "30\n"}, None),
+    ],
+)
+def test_the_room_below_a_limit(tmp_path: Path, files: dict[str, str], room: int | None) -> None:
+    assert _cgroup_room_bytes(write(tmp_path, files)) == room
