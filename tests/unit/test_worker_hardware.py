@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from molink_stage_worker.hardware import _cgroup_room_bytes
 
 

@@ -61,7 +61,7 @@ async def serve(settings: StageWorkerSettings, stop: asyncio.Event) -> None:
                     worker=worker_id,
                     device=hardware.device,
                     threads=settings.threads,
-                    step_tokens=settings.step_tokens,
+                    step_tokens=settings.step_tokens or _default_step_tokens(hardware.device),
                     max_running=settings.max_running,
                 ),
                 site=settings.site,
@@ -76,6 +76,11 @@ async def serve(settings: StageWorkerSettings, stop: asyncio.Event) -> None:
             await worker.run(stop)
     finally:
         telemetry.close()
+
+
+def _default_step_tokens(device: str) -> int:
+    """A step should take a stage a fraction of a second: that long a decode token may have to wait behind it."""
+    return 128 if device == "cpu" else 1024
 
 
 def _prepare(reference: str, cache: Path, told: Told) -> Prepared:

@@ -31,7 +31,10 @@ class StageWorkerSettings(ServiceSettings):
     memory: Annotated[str, Field(description="memory to offer, as 4GiB; auto: 80 % of what is available")] = "auto"
     threads: Annotated[int, Field(ge=1, le=256, description="torch threads; more only on cores left alone")] = 1
     cache: Annotated[Path | None, Field(description="folder for models; none: the user's cache folder")] = None
-    step_tokens: Annotated[int, Field(ge=1, le=65536, description="most tokens a step (as head)")] = 256
+    step_tokens: Annotated[
+        int | None,
+        Field(ge=1, le=65536, description="most tokens a step, as head; none: 128 on a CPU, else 1024"),
+    ] = None
     max_running: Annotated[int, Field(ge=1, le=4096, description="most sequences at work at once (as head)")] = 64
     drain_timeout_s: Annotated[
         float, Field(ge=0, le=3600, description="how long to wait at the end until the stage is placed elsewhere")
