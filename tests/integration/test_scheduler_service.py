@@ -351,7 +351,8 @@ async def test_a_second_scheduler_stands_by_and_takes_over(stand: Stand) -> None
     await stand.until_state(lambda state: state.ready and state.sequences == 1)
     await tail.speak(sequence, 0, 1, FinishReason.STOP)
     await stand.until_no_sequence_keys()
-    assert len(head.starts) == 1
+    # started once more at most, if the first had no time to hear the head's answer: to the head that is harmless
+    assert {(start.sequence, start.epoch) for start in head.starts} == {(sequence, head.starts[0].epoch)}
     head.is_alive = tail.is_alive = False
 
 

@@ -30,8 +30,8 @@ def test_equal_workers_compute_equally_the_output_head_counted() -> None:
     pool = [Offer(worker="a", memory_bytes=GIB), Offer(worker="b", memory_bytes=GIB)]
     placement = place(smol(), pool, dtype=BF16, settings=PlacementSettings())
     assert layers(placement) == [("a", 17), ("b", 13)]
-    head_weights = 2 * (19 * 3_540_096 + 28_311_552)
-    assert placement.pipelines[0].num_blocks == (GIB - 64 * 2**20 - head_weights) // (16 * 19 * 384 * 2)
+    head_weights = 2 * (17 * 3_540_096 + 28_311_552)
+    assert placement.pipelines[0].num_blocks == (GIB - 64 * 2**20 - head_weights) // (16 * 17 * 384 * 2)
 
 
 def test_memory_decides_the_shares() -> None:

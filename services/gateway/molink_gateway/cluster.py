@@ -20,7 +20,7 @@ from molink_gateway.tokenizer import Tokenizer, load_tokenizer
 
 log = get_logger("gateway.cluster")
 
-SILENCE_S = 5.0
+SILENCE_S = 3.0
 """The scheduler speaks every second; after this long it counts as gone."""
 
 ModelKey = tuple[str, str, tuple[str, ...], tuple[FileOffer, ...]]
