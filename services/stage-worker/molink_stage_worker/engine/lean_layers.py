@@ -22,7 +22,7 @@ from torch.nn.functional import rms_norm
 from transformers import PreTrainedModel
 
 from molink_stage_worker.engine.attention import PagedStep, paged_attention
-from molink_stage_worker.engine.projections import can_pack, project
+from molink_stage_worker.engine.projections import PackedProjection, can_pack, project
 
 _LLAMA_SHAPED = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3"})
 
@@ -135,6 +135,10 @@ def make_lean(model: PreTrainedModel) -> None:
     head: Any = model.get_output_embeddings()
     if type(head) is nn.Linear and can_pack(head.weight.dtype, head.weight.device):
         model.set_output_embeddings(project(head))
+    if any(isinstance(module, PackedProjection) for module in model.modules()):
+        # what was packed was read through a mapping of the checkpoint, which stays as long as anything points into it
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
 
 
 def _is_llama_shaped(config: Any) -> bool:
