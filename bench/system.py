@@ -46,6 +46,10 @@ async def running_system(log: Path, flags: Sequence[str]) -> AsyncIterator[Runni
     Raises:
         RuntimeError: it ended or was not ready in time; the message carries its last lines.
     """
+    task = asyncio.current_task()
+    if task is not None and sys.platform != "win32":
+        # a measurement that is ended from outside must not leave the system behind
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     port = free_port()
     command = [sys.executable, "-m", "molink", "up", "--port", str(port), "--no-sample", *flags]
     with log.open("wb") as out:

@@ -107,27 +107,6 @@ class Bus(Protocol):
         """`request` for control messages; raises also `ProtocolError`."""
 
 
-class ControlCalls:
-    """The typed calls on top of `publish` and `request`."""
-
-    async def publish(self, subject: str, data: Payload) -> None:
-        """See `Bus.publish`."""
-        raise NotImplementedError
-
-    async def request(self, subject: str, data: Payload, *, timeout_s: float) -> bytes:
-        """See `Bus.request`."""
-        raise NotImplementedError
-
-    async def send(self, subject: str, message: Message) -> None:
-        """See `Bus.send`."""
-        await self.publish(subject, messages.encode(message))
-
-    async def ask(self, subject: str, message: Message, *expected: type[M], timeout_s: float) -> M:
-        """See `Bus.ask`."""
-        answer = await self.request(subject, messages.encode(message), timeout_s=timeout_s)
-        return messages.decode(answer, *expected)
-
-
 async def serve(
     bus: Bus, subject: str, answer: Callable[[M], Awaitable[Message | None]], *expected: type[M]
 ) -> Subscription:
@@ -167,7 +146,7 @@ class _NatsSubscription:
             await self._subscription.unsubscribe()
 
 
-class NatsBus(ControlCalls):
+class NatsBus:
     """`Bus` over one NATS connection. Made by `open_bus`."""
 
     def __init__(self, client: Client, settings: BusSettings) -> None:
@@ -230,6 +209,15 @@ class NatsBus(ControlCalls):
         except (nats.errors.Error, OSError) as error:
             raise BusUnavailable(f"cannot subscribe to {subject}: {error!r}") from error
         return _NatsSubscription(subscription)
+
+    async def send(self, subject: str, message: Message) -> None:
+        """See `Bus.send`."""
+        await self.publish(subject, messages.encode(message))
+
+    async def ask(self, subject: str, message: Message, *expected: type[M], timeout_s: float) -> M:
+        """See `Bus.ask`."""
+        answer = await self.request(subject, messages.encode(message), timeout_s=timeout_s)
+        return messages.decode(answer, *expected)
 
     async def flush(self) -> None:
         """See `Bus.flush`."""

@@ -1,0 +1,88 @@
+"""Between gateway and scheduler: a sequence comes, is refused, cancelled or given up."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import Field
+
+from molink_common.messages.codec import Message, PeerId, SequenceIdField, TokenIds
+from molink_common.sampling import SamplingOptions
+
+
+class Done(Message):
+    """The request was carried out or taken on."""
+
+    TYPE = "done"
+
+
+class Failed(Message):
+    """The request was not carried out; nothing changed."""
+
+    TYPE = "failed"
+    message: str
+
+
+class SubmitSequence(Message):
+    """A new sequence. The gateway chose its id and listens for its tokens already."""
+
+    TYPE = "submit_sequence"
+    sequence: SequenceIdField
+    gateway: PeerId
+    request: str
+    """The request id, for logs."""
+    model: str
+    prompt: Annotated[TokenIds, Field(min_length=1)]
+    options: SamplingOptions
+    trace: str | None = None
+    """W3C ``traceparent`` of the request's span, if it is sampled."""
+
+
+class Admitted(Message):
+    """The sequence is in the scheduler's books; from now on it ends in tokens or in `SequenceFailed`."""
+
+    TYPE = "admitted"
+    sequence: SequenceIdField
+
+
+class RefusalCode(StrEnum):
+    """Why a sequence was not admitted."""
+
+    UNKNOWN_MODEL = "model_not_found"
+    TOO_LONG = "context_length_exceeded"
+    QUEUE_FULL = "queue_full"
+    NO_PIPELINE = "no_pipeline"
+
+
+class Refused(Message):
+    """The sequence was not admitted; nothing was kept."""
+
+    TYPE = "refused"
+    sequence: SequenceIdField
+    code: RefusalCode
+    message: str
+    retry_after_s: Annotated[float, Field(ge=0)] | None = None
+
+
+class CancelSequence(Message):
+    """The client went away or a stop string was met: free everything. Unknown ids are ignored."""
+
+    TYPE = "cancel_sequence"
+    sequence: SequenceIdField
+    reason: str
+
+
+class SequenceFailed(Message):
+    """An admitted sequence cannot be finished."""
+
+    TYPE = "sequence_failed"
+    sequence: SequenceIdField
+    message: str
+
+
+class GatewayAlive(Message):
+    """Sent every two seconds. A gateway that is silent for ten has its sequences cancelled."""
+
+    TYPE = "gateway_alive"
+    gateway: PeerId

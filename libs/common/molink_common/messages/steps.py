@@ -1,0 +1,88 @@
+"""Between scheduler and head, and from the tail to all: sequences at work and their tokens."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from molink_common.messages.codec import Count, Message, SequenceIdField, TokenIds
+from molink_common.sampling import SamplingOptions
+
+
+class StartSequence(Message):
+    """To the head: run this sequence. `generated` is what it has produced already (after a recovery)."""
+
+    TYPE = "start_sequence"
+    pipeline: Count
+    epoch: Count
+    sequence: SequenceIdField
+    prompt: Annotated[TokenIds, Field(min_length=1)]
+    generated: TokenIds = ()
+    options: SamplingOptions
+    trace: str | None = None
+
+
+class StopSequence(Message):
+    """To the head: forget this sequence and free its blocks on every stage. Unknown ids are ignored."""
+
+    TYPE = "stop_sequence"
+    pipeline: Count
+    sequence: SequenceIdField
+
+
+class AskSequences(Message):
+    """To the head: which sequences do you hold? A scheduler that has restarted compares its books."""
+
+    TYPE = "ask_sequences"
+    pipeline: Count
+
+
+class SequencesHeld(Message):
+    """The head's answer to `AskSequences`."""
+
+    TYPE = "sequences_held"
+    pipeline: Count
+    epoch: Count
+    sequences: tuple[SequenceIdField, ...]
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended, in OpenAI's words."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+class TokenLogprob(BaseModel):
+    """A token with its natural-log probability."""
+
+    model_config = ConfigDict(frozen=True)
+    token: Count
+    logprob: float
+
+
+class TokenEvent(BaseModel):
+    """One new token of one sequence."""
+
+    model_config = ConfigDict(frozen=True)
+    sequence: SequenceIdField
+    index: Count
+    """0 for the first generated token. A receiver drops an index that it has seen."""
+    token: Count
+    finish: FinishReason | None = None
+    logprob: float | None = None
+    top_logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class StepTokens(Message):
+    """A step reached the end of the pipeline. Published for every step, also one without a token."""
+
+    TYPE = "step_tokens"
+    pipeline: Count
+    epoch: Count
+    step: Count
+    events: tuple[TokenEvent, ...] = ()
+    failed: tuple[SequenceIdField, ...] = ()
+    """Sequences whose logits were not finite: they cannot go on."""
