@@ -7,6 +7,7 @@ import pytest
 
 from molink.openai_stream import ApiError, Delta, Finished, read_event, response_error
 from molink.prepare import Device, Working, read_report
+from molink.sample import NO_CHAT_TEMPLATE
 from molink_common.errors import ModelError
 from molink_common.messages import Dtype, ModelCard
 
@@ -84,3 +85,13 @@ def test_the_device_that_the_child_names_first() -> None:
     assert device.native_dtypes == (Dtype.BFLOAT16, Dtype.FLOAT32)
     with pytest.raises(ModelError, match="cannot be read"):
         read_report('{"device": "cpu"}')
+
+
+def test_a_completion_streams_its_text_too() -> None:
+    assert read_event('data: {"choices": [{"text": " Paris"}]}') == Delta(" Paris")
+
+
+def test_the_code_of_an_error_is_kept() -> None:
+    body = b'{"error": {"message": "a base model", "code": "no_chat_template"}}'
+    assert response_error(400, body).code == NO_CHAT_TEMPLATE
+    assert response_error(400, b"[]").code is None

@@ -84,10 +84,9 @@ async def bring_up(options: UpOptions, console: Console, progress: Progress) -> 
             await _until_gateway_answers(options, console)
             progress.was_ready = True
             supervisor.settle()
-            if options.sample:
-                await _show_sample(options, card, console)
+            can_chat = await _show_sample(options, card, console) if options.sample else True
             if not options.exit_after_ready:
-                _show_use(options, card, console)
+                _show_use(options, card, console, can_chat=can_chat)
                 await asyncio.Event().wait()
     return 0
 
@@ -232,23 +231,29 @@ async def _until_gateway_answers(options: UpOptions, console: Console) -> None:
         raise DidNotComeUp(f"the gateway is not ready after {_GATEWAY_TIMEOUT_S:g} s: {last}") from None
 
 
-async def _show_sample(options: UpOptions, card: ModelCard, console: Console) -> None:
+async def _show_sample(options: UpOptions, card: ModelCard, console: Console) -> bool:
+    """Ask the first question; gives whether the model can chat."""
     console.print(f"\n> {QUESTION}", markup=False)
     answer = await ask_sample(options.url, card.name, lambda piece: console.print(piece, end="", markup=False))
     console.print(f"\n  first token after {answer.first_piece_s:.2f} s, then {answer.pieces_per_s:.0f} tokens a second")
+    return answer.is_chat
 
 
-def _show_use(options: UpOptions, card: ModelCard, console: Console) -> None:
+def _show_use(options: UpOptions, card: ModelCard, console: Console, *, can_chat: bool) -> None:
     name = next(iter(card.aliases), card.name)
-    body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    path, field, value = "completions", "prompt", '"Once upon a time"'
+    if can_chat:
+        path, field, value = "chat/completions", "messages", '[{"role": "user", "content": "Hello"}]'
+    body = f'{{"model": "{name}", "{field}": {value}}}'
+    call = path.replace("/", ".") + f""".create(model="{name}", {field}={value})"""
     lines = [
         "",
         f"ready: {options.url}/v1   (Ctrl-C stops everything)",
-        f"  curl {options.url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'",
-        f"  python: openai.OpenAI(base_url='{options.url}/v1', api_key='none').chat.completions.create("
-        f"model='{name}', messages=[{{'role': 'user', 'content': 'Hello'}}])",
-        f"  molink chat --url {options.url}/v1",
+        f"  curl {options.url}/v1/{path} -H 'Content-Type: application/json' -d '{body}'",
+        f"  python: openai.OpenAI(base_url='{options.url}/v1', api_key='none').{call}",
     ]
+    if can_chat:
+        lines.append(f"  molink chat --url {options.url}/v1")
     console.print("\n".join(lines), markup=False)
 
 

@@ -17,7 +17,8 @@ import orjson
 import typer
 from rich.console import Console
 
-from molink.openai_stream import response_error
+from molink.openai_stream import ApiError, response_error
+from molink.sample import NO_CHAT_TEMPLATE
 from molink.status import fetch
 from molink.supervisor import python_command
 from molink_common.errors import MolinkError
@@ -142,22 +143,27 @@ async def _answers(
 
 
 async def _answer(client: httpx.AsyncClient, model: str, prompt: str, new_tokens: int) -> Answer:
-    body = {
-        "model": model,
-        "messages": [{"role": "user", "content": prompt}],
-        "temperature": 0,
-        "max_tokens": new_tokens,
-        "ignore_eos": True,
-        "return_token_ids": True,
-    }
+    fixed = {"model": model, "temperature": 0, "max_tokens": new_tokens, "ignore_eos": True, "return_token_ids": True}
+    chat = {**fixed, "messages": [{"role": "user", "content": prompt}]}
     try:
-        answer = await client.post("/v1/chat/completions", json=body)
+        content = await _post(client, "/v1/chat/completions", chat)
+        return Answer(tuple(content["prompt_token_ids"]), tuple(content["choices"][0]["token_ids"]))
+    except ApiError as error:
+        if error.code != NO_CHAT_TEMPLATE:
+            raise
+    choice = (await _post(client, "/v1/completions", {**fixed, "prompt": prompt}))["choices"][0]
+    return Answer(tuple(choice["prompt_token_ids"]), tuple(choice["token_ids"]))
+
+
+async def _post(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    try:
+        answer = await client.post(path, json=body)
     except httpx.TransportError as error:
         raise MolinkError(f"the gateway did not answer: {error or type(error).__name__}") from error
     if answer.status_code != httpx.codes.OK:
         raise response_error(answer.status_code, answer.content)
-    content = answer.json()
-    return Answer(tuple(content["prompt_token_ids"]), tuple(content["choices"][0]["token_ids"]))
+    content: dict[str, Any] = answer.json()
+    return content
 
 
 async def _whole_model(cases: dict[str, Any], model: str, dtype: str, device: str) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Reads an OpenAI-compatible endpoint's chat stream. No IO here: lines in, text out."""
+"""Reads an OpenAI-compatible endpoint's stream, of chat or of completions. No IO here: lines in, text out."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from molink_common.errors import MolinkError
 
 class ApiError(MolinkError):
     """The endpoint answered with an error. The message is its own."""
+
+    def __init__(self, message: str, code: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        """The machine-readable reason, if it gave one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +56,7 @@ def read_event(line: str) -> Delta | Finished | None:
     if not choices:
         return None
     choice = choices[0]
-    text = (choice.get("delta") or {}).get("content")
+    text = (choice.get("delta") or {}).get("content") or choice.get("text")
     if text:
         return Delta(str(text))
     reason = choice.get("finish_reason")
@@ -69,7 +74,9 @@ def error_message(body: Any) -> str:
 def response_error(status: int, content: bytes) -> ApiError:
     """The error for an answer whose status is not 200."""
     try:
-        text = error_message(orjson.loads(content))
+        body = orjson.loads(content)
     except orjson.JSONDecodeError:
         text = content[:200].decode(errors="replace").strip() or "no explanation"
-    return ApiError(f"{text} (HTTP {status})")
+        return ApiError(f"{text} (HTTP {status})")
+    error = body.get("error") if isinstance(body, dict) else None
+    return ApiError(f"{error_message(body)} (HTTP {status})", error.get("code") if isinstance(error, dict) else None)

@@ -11,6 +11,9 @@ import httpx
 from molink.openai_stream import ApiError, Delta, read_event, response_error
 
 QUESTION = "What is the capital of France?"
+OPENING = "The capital of France is"
+NO_CHAT_TEMPLATE = "no_chat_template"
+"""The gateway's error code for a model that cannot chat."""
 _MAX_TOKENS = 32
 _SILENCE_TIMEOUT_S = 120.0
 
@@ -23,6 +26,7 @@ class Answer:
     pieces: int
     first_piece_s: float
     whole_s: float
+    is_chat: bool
 
     @property
     def pieces_per_s(self) -> float:
@@ -34,23 +38,30 @@ class Answer:
 async def ask_sample(url: str, model: str, show: Callable[[str], None]) -> Answer:
     """Ask `QUESTION`, greedily, and hand each piece of the answer to `show` as it comes.
 
+    A base model has no chat template and cannot be asked; it gets `OPENING` to go on from.
+
     Raises:
         ApiError: the gateway answers with an error, with nothing, or not at all.
     """
-    request = {
-        "model": model,
-        "messages": [{"role": "user", "content": QUESTION}],
-        "temperature": 0,
-        "max_tokens": _MAX_TOKENS,
-        "stream": True,
-    }
+    fixed = {"model": model, "temperature": 0, "max_tokens": _MAX_TOKENS, "stream": True}
+    question = {**fixed, "messages": [{"role": "user", "content": QUESTION}]}
+    try:
+        return await _ask(f"{url}/v1/chat/completions", question, show, is_chat=True)
+    except ApiError as error:
+        if error.code != NO_CHAT_TEMPLATE:
+            raise
+    show(OPENING)
+    return await _ask(f"{url}/v1/completions", {**fixed, "prompt": OPENING}, show, is_chat=False)
+
+
+async def _ask(url: str, request: dict[str, object], show: Callable[[str], None], *, is_chat: bool) -> Answer:
     started_s = time.monotonic()
     pieces: list[str] = []
     first_piece_s = 0.0
     try:
         async with (
             httpx.AsyncClient(timeout=_SILENCE_TIMEOUT_S) as client,
-            client.stream("POST", f"{url}/v1/chat/completions", json=request) as response,
+            client.stream("POST", url, json=request) as response,
         ):
             if response.status_code != httpx.codes.OK:
                 raise response_error(response.status_code, await response.aread())
@@ -65,4 +76,4 @@ async def ask_sample(url: str, model: str, show: Callable[[str], None]) -> Answe
         raise ApiError(f"no answer from the gateway: {error or type(error).__name__}") from error
     if not pieces:
         raise ApiError("the gateway answered with an empty text")
-    return Answer("".join(pieces), len(pieces), first_piece_s, time.monotonic() - started_s)
+    return Answer("".join(pieces), len(pieces), first_piece_s, time.monotonic() - started_s, is_chat)
