@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,11 @@ TORCH_DTYPES = {
     Dtype.BFLOAT16: torch.bfloat16,
     Dtype.FLOAT16: torch.float16,
 }
+
+
+_ONE_AT_A_TIME = threading.Lock()
+"""transformers exchanges parts of torch for the whole process while it loads: two loads at once disturb each other.
+A worker may still be loading a stage when it is given another."""
 
 
 def load_engine(spec: StageSpec, progress: Progress | None = None) -> Engine:
@@ -78,16 +84,17 @@ def _load_stage(config: Any, spec: StageSpec, family: Family, attention: str | N
     model_class._keys_to_ignore_on_load_unexpected = [r"."]  # type: ignore[attr-defined]
     transformers_logging.disable_progress_bar()
     try:
-        model, info = model_class.from_pretrained(  # type: ignore[attr-defined]
-            spec.checkpoint,
-            config=config,
-            dtype=TORCH_DTYPES[spec.dtype],
-            attn_implementation=attention,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        with _ONE_AT_A_TIME:
+            model, info = model_class.from_pretrained(  # type: ignore[attr-defined]
+                spec.checkpoint,
+                config=config,
+                dtype=TORCH_DTYPES[spec.dtype],
+                attn_implementation=attention,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"the weights in {spec.checkpoint} cannot be loaded: {error}") from error
     missing = sorted(info["missing_keys"])
