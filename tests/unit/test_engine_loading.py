@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import BloomConfig, BloomForCausalLM
+
 from molink_common.messages import Dtype
 from molink_stage_worker.engine.interface import Engine, StageSpec
 from molink_stage_worker.engine.loading import load_engine
-from transformers import BloomConfig, BloomForCausalLM
 
 NUM_LAYERS = 4
 
