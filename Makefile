@@ -10,7 +10,7 @@ ARGS ?=
 TORCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help up down test test-compose lint check bench clean
+.PHONY: help up down test test-compose lint check bench soak clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ check: test lint ## what CI runs
 
 bench: $(VENV)/.has-dev ## tokens a second next to plain transformers
 	$(BIN)/python -m bench.throughput $(ARGS)
+
+soak: $(VENV)/.has-dev ## 200 streaming clients for five minutes, then look for leaks
+	$(BIN)/python -m bench.soak $(ARGS)
 
 clean: ## remove the virtual environment and every cache in this folder
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist
