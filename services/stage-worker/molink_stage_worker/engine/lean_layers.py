@@ -1,13 +1,13 @@
 """Decoder layers of the Llama shape with fewer and larger calls.
 
-A layer of transformers is some fifty small calls; for a handful of tokens the calls cost more than the
-arithmetic. `LeanLayer` takes the weights of such a layer and does the same in about fifteen: one projection
+A layer of transformers is 43 calls that compute (counted for one token, views left out); for a handful of tokens
+the calls cost more than the arithmetic. `LeanLayer` takes the weights of such a layer and needs 16: one projection
 for queries, keys and values, one rotation for queries and keys, activation, factor and residual folded into
 the projections. It stands in the model's own forward where the layer stood, so everything before and after
 (embedding, rotary angles, final norm, output head) stays the model's.
 
-Only layers whose code is known to have this shape are replaced; every other family runs as transformers
-wrote it, with `nn.Linear` exchanged for packed projections where that is known to be safe.
+Only layers whose code is known to have this shape are replaced. Every other family's layers run as transformers
+wrote them; of those models only the output head's product is exchanged for a packed one.
 
 Shapes: T tokens, H hidden size, N query heads, K key heads, D head size.
 """
