@@ -14,7 +14,9 @@ of; that is what NATS permissions can enforce. ``*`` forms are for those who lis
     molink.v1.worker.<w>.files            gateway → worker      request: FetchFile → FileChunk | Failed
     molink.v1.gateway.<g>.alive           gateway → scheduler   GatewayAlive
     molink.v1.gateway.<g>.failures        scheduler → gateway   SequenceFailed
-    molink.v1.pipeline.<p>.stage.<k>      stage k-1 → stage k   activation frames (see wire)
+    molink.v1.pipeline.<p>.stage.<k>      stage k-1 → stage k   activation frames of class decode (see wire)
+    molink.v1.pipeline.<p>.stage.<k>.bulk stage k-1 → stage k   pieces of frames of class bulk (see pieces)
+    molink.v1.pipeline.<p>.stage.<k>.acks stage k → stage k-1   what has arrived
     molink.v1.pipeline.<p>.tokens         tail → head, gateways, scheduler   StepTokens
 """
 
@@ -67,6 +69,16 @@ def gateway_failures(gateway: str) -> str:
 def stage(pipeline: int, index: int) -> str:
     """Where the stage `index` of a pipeline receives activations."""
     return f"{_ROOT}.pipeline.{pipeline}.stage.{index}"
+
+
+def stage_bulk(pipeline: int, index: int) -> str:
+    """Where the stage `index` receives pieces of bulk frames, over a connection of their own."""
+    return f"{stage(pipeline, index)}.bulk"
+
+
+def stage_acks(pipeline: int, index: int) -> str:
+    """Where the stage `index` says what has arrived; the stage before it listens."""
+    return f"{stage(pipeline, index)}.acks"
 
 
 def tokens(pipeline: int) -> str:

@@ -1,13 +1,13 @@
 """Activation frames: what one stage publishes for the next.
 
-    ┌──────────────┬─────────────────────┬──────────────┬────────────┬─────────┬────────────────────┐
-    │ header 40 B  │ entries 20 B each   │ new KV blocks│ extra JSON │ padding │ hidden states T×H  │
-    └──────────────┴─────────────────────┴──────────────┴────────────┴─────────┴────────────────────┘
+    ┌─────────────┬───────────────────┬───────────────┬──────────────┬────────────┬─────────┬───────────────────┐
+    │ header 40 B │ entries 20 B each │ new KV blocks │ timings 8 B  │ extra JSON │ padding │ hidden states T×H │
+    └─────────────┴───────────────────┴───────────────┴──────────────┴────────────┴─────────┴───────────────────┘
 
 Little-endian. The entries say which sequences the T rows belong to, in order; each names the KV blocks that
-its sequence gets with this step (u32 each). `extra` carries what only some steps need: sequences that open
-(with their options), sequences to forget, trace context. A stage between head and tail passes everything but
-the hidden states on as it came. Padding aligns the tensor to 16 bytes within the frame.
+its sequence gets with this step (u32 each). Each stage that has computed the step adds a timing. `extra` carries
+what only some steps need: sequences that open (with their options), sequences to forget, trace context. A stage
+between head and tail passes the rest on as it came. Padding aligns the tensor to 16 bytes within the frame.
 
 Nothing here runs code that a peer sent. Whatever does not parse, in any byte, is a `ProtocolError`.
 """
@@ -30,11 +30,15 @@ from molink_common.sampling import SamplingOptions
 _MAGIC = b"ML"
 _HEADER = struct.Struct("<2sBBBBHIIQHHIII")
 _ENTRY = struct.Struct("<QIIBBH")
+_TIMING = struct.Struct("<II")
+_BULK_FLAG = 1
+_MAX_U32 = 0xFFFFFFFF
 _ALIGNMENT = 16
 _DTYPES = (Dtype.FLOAT32, Dtype.BFLOAT16, Dtype.FLOAT16)
 HEADER_BYTES = _HEADER.size
 MAX_ENTRIES = 0xFFFF
 MAX_STEP_TOKENS = 1 << 20
+MAX_TIMINGS = 0xFFFF
 
 
 class Logits(IntEnum):
@@ -49,6 +53,25 @@ class Codec(IntEnum):
     """How the hidden states are encoded."""
 
     RAW = 0
+    LOSSLESS = 1
+    INT8 = 2
+
+
+class Traffic(IntEnum):
+    """The two classes of frames: a stage computes and sends decode before bulk."""
+
+    DECODE = 0
+    BULK = 1
+    """Chunks of prompts, in steps of their own. Order holds within a class, not between the two."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageTiming:
+    """What a step cost at one stage, measured there."""
+
+    compute_us: int
+    waited_us: int
+    """From the frame's arrival (at the head: from the plan) until its computation began."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +129,9 @@ class StepFrame:
     hidden: memoryview
     """T × hidden_size scalars, row by row. One-dimensional, format ``B``."""
     codec: Codec = Codec.RAW
+    traffic: Traffic = Traffic.DECODE
+    timings: tuple[StageTiming, ...] = ()
+    """Of the stages that the step has passed, head first."""
 
     @property
     def num_tokens(self) -> int:
@@ -137,11 +163,13 @@ def encode_frame(frame: StepFrame) -> bytearray:
     if frame.codec is Codec.RAW and len(frame.hidden) != num_tokens * frame.hidden_size * frame.dtype.size_bytes:
         raise ValueError(f"{len(frame.hidden)} bytes for {num_tokens} tokens of {frame.hidden_size} {frame.dtype}")
     num_blocks = sum(len(entry.new_blocks) for entry in frame.entries)
-    tensor_at = _tensor_offset(len(frame.entries), num_blocks, len(frame.extra))
+    tensor_at = _tensor_offset(len(frame.entries), num_blocks, len(frame.timings), len(frame.extra))
     out = bytearray(tensor_at + len(frame.hidden))
     _HEADER.pack_into(
-        out, 0, _MAGIC, PROTOCOL_VERSION, 0, _DTYPES.index(frame.dtype), frame.codec, 0,
-        frame.pipeline, frame.epoch, frame.step, len(frame.entries), 0, num_blocks, len(frame.extra), frame.hidden_size,
+        out, 0, _MAGIC, PROTOCOL_VERSION, 0, _DTYPES.index(frame.dtype), frame.codec,
+        _BULK_FLAG if frame.traffic is Traffic.BULK else 0,
+        frame.pipeline, frame.epoch, frame.step, len(frame.entries), len(frame.timings), num_blocks,
+        len(frame.extra), frame.hidden_size,
     )  # fmt: skip
     at = HEADER_BYTES
     for entry in frame.entries:
@@ -151,6 +179,9 @@ def encode_frame(frame: StepFrame) -> bytearray:
     blocks = [block for entry in frame.entries for block in entry.new_blocks]
     struct.pack_into(f"<{num_blocks}I", out, at, *blocks)
     at += 4 * num_blocks
+    for timing in frame.timings:
+        _TIMING.pack_into(out, at, min(timing.compute_us, _MAX_U32), min(timing.waited_us, _MAX_U32))
+        at += _TIMING.size
     out[at : at + len(frame.extra)] = frame.extra
     out[tensor_at:] = frame.hidden
     return out
@@ -165,24 +196,30 @@ def decode_frame(data: bytes | bytearray | memoryview) -> StepFrame:
     view = memoryview(data)
     if len(view) < HEADER_BYTES:
         raise ProtocolError(f"a frame of {len(view)} bytes is shorter than its header")
-    (magic, version, kind, dtype_code, codec, flags, pipeline, epoch, step, num_entries, reserved, num_blocks,
+    (magic, version, kind, dtype_code, codec, flags, pipeline, epoch, step, num_entries, num_timings, num_blocks,
      extra_bytes, hidden_size) = _HEADER.unpack_from(view)  # fmt: skip
     if magic != _MAGIC:
         raise ProtocolError("not a MoLink frame")
     if version != PROTOCOL_VERSION:
         raise ProtocolError(f"frame version {version}, this side speaks {PROTOCOL_VERSION}")
-    if kind != 0 or flags != 0 or reserved != 0 or codec != Codec.RAW or dtype_code >= len(_DTYPES):
+    if kind != 0 or flags > _BULK_FLAG or codec > Codec.INT8 or dtype_code >= len(_DTYPES):
         raise ProtocolError("a frame with a kind, flag, codec or dtype that this version does not know")
-    tensor_at = _tensor_offset(num_entries, num_blocks, extra_bytes)
+    tensor_at = _tensor_offset(num_entries, num_blocks, num_timings, extra_bytes)
     if tensor_at > len(view):
         raise ProtocolError(f"a frame of {len(view)} bytes whose tables alone need {tensor_at}")
     entries = _decode_entries(view, num_entries, num_blocks)
     num_tokens = sum(entry.count for entry in entries)
     dtype = _DTYPES[dtype_code]
     expected = num_tokens * hidden_size * dtype.size_bytes
-    if num_tokens > MAX_STEP_TOKENS or len(view) - tensor_at != expected:
+    # what an encoded tensor must look like is for its codec to check
+    if num_tokens > MAX_STEP_TOKENS or (codec == Codec.RAW and len(view) - tensor_at != expected):
         raise ProtocolError(f"a frame with {len(view) - tensor_at} tensor bytes where {expected} belong")
-    extra_at = HEADER_BYTES + _ENTRY.size * num_entries + 4 * num_blocks
+    timings_at = HEADER_BYTES + _ENTRY.size * num_entries + 4 * num_blocks
+    extra_at = timings_at + _TIMING.size * num_timings
+    timings = tuple(
+        StageTiming(compute_us=compute_us, waited_us=waited_us)
+        for compute_us, waited_us in _TIMING.iter_unpack(view[timings_at:extra_at])
+    )
     return StepFrame(
         pipeline=pipeline,
         epoch=epoch,
@@ -192,11 +229,14 @@ def decode_frame(data: bytes | bytearray | memoryview) -> StepFrame:
         hidden_size=hidden_size,
         dtype=dtype,
         hidden=view[tensor_at:].cast("B"),
+        codec=Codec(codec),
+        traffic=Traffic.BULK if flags & _BULK_FLAG else Traffic.DECODE,
+        timings=timings,
     )
 
 
-def _tensor_offset(num_entries: int, num_blocks: int, extra_bytes: int) -> int:
-    end = HEADER_BYTES + _ENTRY.size * num_entries + 4 * num_blocks + extra_bytes
+def _tensor_offset(num_entries: int, num_blocks: int, num_timings: int, extra_bytes: int) -> int:
+    end = HEADER_BYTES + _ENTRY.size * num_entries + 4 * num_blocks + _TIMING.size * num_timings + extra_bytes
     return -(-end // _ALIGNMENT) * _ALIGNMENT
 
 

@@ -28,6 +28,24 @@ class BatchLimits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BatchPlan:
+    """How the head forms steps for now. Changes as measurements move."""
+
+    micro_batches: int
+    """Decode steps to keep under way; with `separate_prefill` False, steps of any kind."""
+    chunk_tokens: int
+    """Most prompt tokens a step."""
+    chunks_under_way: int
+    """With `separate_prefill`: prompt steps to keep under way beside the decode steps."""
+    separate_prefill: bool
+    """Whether prompt chunks go in steps of their own, of class bulk, or share steps with decode tokens."""
+
+    def __post_init__(self) -> None:
+        if min(self.micro_batches, self.chunk_tokens, self.chunks_under_way) < 1:
+            raise ValueError(f"every number of a plan is at least 1: {self}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
     """One step of one micro-batch. Without entries it only closes sequences."""
 

@@ -33,8 +33,66 @@ class StagePhase(StrEnum):
     FAILED = "failed"
 
 
+class Scheduling(StrEnum):
+    """How a pipeline forms micro-batches and sends activations."""
+
+    ADAPTIVE = "adaptive"
+    """Micro-batches planned from measurement, decode before bulk, a window adapted to the measured delay."""
+    PLAIN = "plain"
+    """One micro-batch under way, whole prompts, whole tensors, first in first out. A baseline."""
+    PUBLISHED = "published"
+    """As the MoLink paper has it: prompts cut for sending, fair turns with decode, the number of micro-batches
+    from an assumed link speed. A baseline."""
+
+
+class PipelinePolicy(BaseModel):
+    """What the stages of a pipeline must agree on about scheduling."""
+
+    model_config = ConfigDict(frozen=True)
+    scheduling: Scheduling = Scheduling.ADAPTIVE
+    micro_batches: Annotated[int, Field(ge=1, le=256)] | None = None
+    """How many the head keeps under way; None: it plans."""
+    assumed_link_bytes_per_s: Annotated[float, Field(gt=0)] = 12.5e6
+    """`Scheduling.PUBLISHED` plans with it; nothing else looks at it."""
+
+
+class LinkCodec(StrEnum):
+    """How hidden states are encoded on a link."""
+
+    RAW = "raw"
+    LOSSLESS = "lossless"
+    INT8 = "int8"
+
+
+class LinkReport(BaseModel):
+    """The link to the next stage, as its sender has measured it. None: not known yet."""
+
+    model_config = ConfigDict(frozen=True)
+    codec: LinkCodec = LinkCodec.RAW
+    exactness: str = ""
+    round_trip_s: float | None = None
+    """The least, of a small frame and its acknowledgement."""
+    rate_bytes_per_s: float | None = None
+    window_bytes: Count = 0
+    """How much of class bulk may be under way."""
+    queued_bytes: Count = 0
+    """Of class bulk, waiting for the window."""
+    sent_bytes: Count = 0
+
+
+class StageCostReport(BaseModel):
+    """What a step costs at a stage, as measured: a sum of these times what the step holds."""
+
+    model_config = ConfigDict(frozen=True)
+    fixed_s: float
+    per_token_s: float
+    per_sequence_s: float
+    per_context_token_s: float
+    observations: Count
+
+
 class HeadReport(BaseModel):
-    """The head's queue and KV blocks."""
+    """The head's queue, KV blocks and plan."""
 
     model_config = ConfigDict(frozen=True)
     running: Count
@@ -44,6 +102,15 @@ class HeadReport(BaseModel):
     steps_under_way: Count
     oldest_step_age_s: float = 0.0
     preemptions: Count = 0
+    micro_batches: Count = 0
+    chunk_tokens: Count = 0
+    """Most prompt tokens a step."""
+    separate_prefill: bool = False
+    """Whether prompts are computed in steps of their own, because their activations would hold decode up."""
+    cycle_s: float | None = None
+    """Predicted time between two tokens of a stream."""
+    costs: tuple[StageCostReport, ...] = ()
+    """By stage, head first, as the head knows them from the timings that come back."""
 
 
 class StageReport(BaseModel):
@@ -63,6 +130,8 @@ class StageReport(BaseModel):
     compute_s: float = 0.0
     """Time spent computing since the stage was loaded."""
     frames_dropped: Count = 0
+    link: LinkReport | None = None
+    """None at the tail."""
     head: HeadReport | None = None
 
 
@@ -110,8 +179,9 @@ class AssignStage(Message):
     num_blocks: Annotated[int, Field(ge=1)]
     block_size: Annotated[int, Field(ge=1)]
     """Tokens a KV block."""
-    max_steps_under_way: Annotated[int, Field(ge=1)]
-    """How many micro-batches the head keeps in the pipeline."""
+    policy: PipelinePolicy = PipelinePolicy()
+    codec: LinkCodec = LinkCodec.RAW
+    """Of the link to the next stage."""
 
 
 class ReleaseStage(Message):
