@@ -1,0 +1,165 @@
+"""The most tokens a second that any number of micro-batches could give. Pure: physics, no word about our scheduler.
+
+N running sequences are cut into M micro-batches of N/M. Nobody's next token can be computed before the present one
+has been sampled (there is no speculation), so each sequence gets one token a cycle, and a cycle takes at least
+
+    the work of the busiest stage     M · c_k(N/M)                 c_k: measured time of a step at stage k
+    the bytes on the busiest link     N · bytes a token ÷ rate
+    once round the ring               Σ c_k(N/M) + Σ (one way + bytes ÷ rate) + the way back of the sampled tokens
+
+The bound is the largest N ÷ (longest of the three) over all M from 1 to N. The rule is the MoLink paper's
+(arXiv 2507.05043), taken as an upper bound: a real system also waits, copies and schedules.
+
+Every part is a lower bound of the time, so that the quotient is an upper bound of the throughput:
+- N/M is not rounded. c_k is convex (a sum of linear terms, or a roofline), so uneven micro-batches take longer.
+- Prompts ride along in the decode steps, where they share the reading of the weights: steps of their own would cost
+  more. They count for stages and links, but not for the ring, where they could be elsewhere.
+- The tokens that come back, frame headers and acknowledgements take no time on a link.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+StepCost = Callable[[float, float, float], float]
+"""Seconds of a step, from its tokens, its sequences and the tokens of context behind them. Convex, growing."""
+
+_HEADERS_BYTES = 52
+"""IPv4 and TCP with timestamps."""
+
+
+class Limit(StrEnum):
+    """What a bound comes from."""
+
+    STAGE = "stage"
+    LINK = "link"
+    RING = "ring"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearCost:
+    """A stage's cost as the estimator reports it."""
+
+    fixed_s: float
+    per_token_s: float
+    per_sequence_s: float
+    per_context_token_s: float
+
+    def __call__(self, tokens: float, sequences: float, context_tokens: float) -> float:
+        """Seconds of a step. A noisy fit may give a term below 0; time below 0 there is none."""
+        linear = self.per_token_s * tokens + self.per_sequence_s * sequences + self.per_context_token_s * context_tokens
+        return max(self.fixed_s + linear, 0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkBound:
+    """A link from a stage to the next. Rates count the bytes of the tensors; see `payload_bytes_per_s`."""
+
+    rate_bytes_per_s: float | None
+    """None: as many as anybody likes."""
+    one_way_s: float
+
+    def __post_init__(self) -> None:
+        if self.one_way_s < 0 or (self.rate_bytes_per_s is not None and self.rate_bytes_per_s <= 0):
+            raise ValueError(f"no link is like this: {self}")
+
+    def transmit_s(self, size_bytes: float) -> float:
+        """How long the transmitter needs."""
+        return 0.0 if self.rate_bytes_per_s is None else size_bytes / self.rate_bytes_per_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineBound:
+    """A pipeline as physics sees it."""
+
+    stages: tuple[StepCost, ...]
+    """Head first."""
+    links: tuple[LinkBound, ...]
+    """From each stage to the next: one fewer than stages."""
+    return_s: float
+    """One way from the tail back to the head."""
+    bytes_a_token: float
+
+    def __post_init__(self) -> None:
+        if not self.stages or len(self.links) != len(self.stages) - 1:
+            raise ValueError(f"{len(self.stages)} stages are not joined by {len(self.links)} links")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What the pipeline has to carry."""
+
+    sequences: int
+    """N: streams that decode at the same time."""
+    context_tokens: float = 0.0
+    """Mean tokens behind each of them."""
+    prompt_share: float = 0.0
+    """Tokens of prompts to prefill for each token decoded; a prompt's last token counts as decoded."""
+
+    def __post_init__(self) -> None:
+        if self.sequences < 1 or min(self.context_tokens, self.prompt_share) < 0:
+            raise ValueError(f"no load is like this: {self}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bound:
+    """The best that can be."""
+
+    tokens_per_s: float
+    micro_batches: int
+    """The fewest that give it."""
+    limit: Limit
+
+
+def payload_bytes_per_s(bit_per_s: float | None, mtu_bytes: int = 1500) -> float | None:
+    """What a link that carries `bit_per_s` of IP packets leaves for the bytes inside TCP."""
+    return None if bit_per_s is None else bit_per_s / 8 * (mtu_bytes - _HEADERS_BYTES) / mtu_bytes
+
+
+def best(pipeline: PipelineBound, load: Load) -> Bound:
+    """The bound over every number of micro-batches.
+
+    Raises:
+        ValueError: nothing in it takes any time, so there is no bound.
+    """
+    bounds = [with_micro_batches(pipeline, load, count) for count in range(1, load.sequences + 1)]
+    return max(bounds, key=lambda bound: (bound.tokens_per_s, -bound.micro_batches))
+
+
+def with_micro_batches(pipeline: PipelineBound, load: Load, count: int) -> Bound:
+    """The bound with `count` micro-batches under way.
+
+    Raises:
+        ValueError: there are more of them than sequences, or nothing takes any time.
+    """
+    if not 1 <= count <= load.sequences:
+        raise ValueError(f"{count} micro-batches of {load.sequences} sequences")
+    times = {
+        Limit.STAGE: count * max(_steps_s(pipeline.stages, load, count, prompt_share=load.prompt_share)),
+        Limit.LINK: _busiest_link_s(pipeline, load),
+        Limit.RING: ring_s(pipeline, load, count),
+    }
+    limit = max(times, key=lambda one: times[one])
+    if times[limit] <= 0:
+        raise ValueError("nothing here takes any time")
+    return Bound(tokens_per_s=load.sequences / times[limit], micro_batches=count, limit=limit)
+
+
+def ring_s(pipeline: PipelineBound, load: Load, count: int) -> float:
+    """R: how long a micro-batch of decode tokens, one of `count`, takes once round when it never waits."""
+    size_bytes = load.sequences / count * pipeline.bytes_a_token
+    on_links_s = sum(link.one_way_s + link.transmit_s(size_bytes) for link in pipeline.links)
+    return sum(_steps_s(pipeline.stages, load, count, prompt_share=0.0)) + on_links_s + pipeline.return_s
+
+
+def _steps_s(stages: Sequence[StepCost], load: Load, count: int, *, prompt_share: float) -> list[float]:
+    sequences = load.sequences / count
+    tokens = sequences * (1 + prompt_share)
+    return [cost(tokens, sequences, sequences * load.context_tokens) for cost in stages]
+
+
+def _busiest_link_s(pipeline: PipelineBound, load: Load) -> float:
+    cycle_bytes = load.sequences * (1 + load.prompt_share) * pipeline.bytes_a_token
+    return max((link.transmit_s(cycle_bytes) for link in pipeline.links), default=0.0)
