@@ -1,0 +1,93 @@
+"""The pure parts of the comparison with llama.cpp: what is built, how it is started, what is read off its streams."""
+
+from pathlib import Path
+
+import pytest
+
+from bench.load import StreamResult
+from bench.peers.llama_cpp import long_prompt, longest_gap_s, tokens_per_s
+from bench.peers.llama_cpp_build import cmake_options, processor_options
+from bench.peers.llama_cpp_server import Slots, server_flags
+
+FIVE_AVX512 = "avx512f avx512cd avx512vl avx512dq avx512bw"
+
+
+def flag(flags: list[str], name: str) -> str:
+    return flags[flags.index(name) + 1]
+
+
+def test_instruction_sets_follow_the_processor() -> None:
+    options = processor_options(
+        f"processor : 0\nflags\t\t: fpu sse4_2 avx avx2 {FIVE_AVX512} avx512_bf16\nbugs : none\n"
+    )
+    assert options["GGML_AVX2"] == options["GGML_AVX512"] == options["GGML_AVX512_BF16"] == "ON"
+    assert options["GGML_FMA"] == options["GGML_AMX_BF16"] == options["GGML_AVX512_VNNI"] == "OFF"
+
+
+@pytest.mark.parametrize("missing", FIVE_AVX512.split())
+def test_avx512_is_built_only_where_all_of_it_is_there(missing: str) -> None:
+    options = processor_options(f"flags : {FIVE_AVX512.replace(missing, '')}")
+    assert options["GGML_AVX512"] == "OFF"
+
+
+def test_a_processor_without_x86_flags_is_left_to_the_compiler() -> None:
+    options = cmake_options("processor : 0\nFeatures : fp asimd\n")
+    assert options["GGML_NATIVE"] == "ON"
+    assert options["GGML_RPC"] == "ON"
+
+
+def test_layers_are_halved_and_the_head_goes_with_the_last_half() -> None:
+    flags = server_flags(Path("m.gguf"), 8000, ["far:1", "127.0.0.1:2"], Slots())
+    assert flag(flags, "--rpc") == "far:1,127.0.0.1:2"
+    assert flag(flags, "--device") == "RPC0,RPC1"
+    # 30 layers and the head, which counts as one
+    assert flag(flags, "--tensor-split") == "15,16"
+    assert flag(flags, "--gpu-layers") == "all"
+
+
+def test_one_pool_holds_every_stream_and_one_long_prompt() -> None:
+    flags = server_flags(Path("m.gguf"), 8000, ["far:1", "near:2"], Slots(streams=64, stream_tokens=160))
+    assert int(flag(flags, "--ctx-size")) >= 64 * 160 + 1500 + 4
+    assert flag(flags, "--parallel") == "65"
+    assert "--kv-unified" in flags
+    assert "--batch-size" not in flags
+
+
+def test_slots_apart_have_room_for_the_long_prompt_each() -> None:
+    slots = Slots(streams=8, unified=False, batch_tokens=512)
+    flags = server_flags(Path("m.gguf"), 8000, ["far:1", "near:2"], slots)
+    each = int(flag(flags, "--ctx-size")) / int(flag(flags, "--parallel"))
+    assert each >= 1600
+    assert each % 256 == 0
+    assert "--no-kv-unified" in flags
+    assert flag(flags, "--batch-size") == "512"
+
+
+def test_the_longest_gap_is_that_around_the_prompt() -> None:
+    times = (0.0, 5.0, 5.1, 5.2, 9.2, 9.3, 20.0)
+    assert longest_gap_s(times, 5.15, 9.25) == pytest.approx(4.0)
+    # a gap that had begun when the prompt came counts whole; one that began after it was done does not
+    assert longest_gap_s(times, 4.0, 5.05) == pytest.approx(5.0)
+    assert longest_gap_s(times, 9.25, 9.28) == pytest.approx(0.1)
+
+
+def test_a_stream_that_had_ended_met_no_prompt() -> None:
+    assert longest_gap_s((0.0, 1.0), 1.0, 5.0) is None
+    assert longest_gap_s((6.0, 7.0), 1.0, 5.0) is None
+
+
+def stream(started_s: float, token_times_s: tuple[float, ...]) -> StreamResult:
+    return StreamResult(
+        status=200, started_s=started_s, token_times_s=token_times_s, text="",
+        completion_tokens=len(token_times_s), finish_reason="length",
+    )  # fmt: skip
+
+
+def test_the_rate_counts_from_the_first_request_to_the_last_token() -> None:
+    assert tokens_per_s([stream(1.0, (2.0, 3.0)), stream(0.0, (2.0, 5.0))]) == pytest.approx(4 / 5)
+
+
+def test_long_prompts_have_no_common_beginning() -> None:
+    prompts = [long_prompt(1500, number) for number in range(32)]
+    assert len({prompt[:3] for prompt in prompts}) == 32
+    assert all(len(prompt.split()) == 1501 for prompt in prompts)
