@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,10 +16,13 @@ from molink_common.service import run_service
 from molink_common.telemetry import open_telemetry
 from molink_stage_worker.engine.loading import load_engine
 from molink_stage_worker.hardware import inspect
-from molink_stage_worker.models import prepare
+from molink_stage_worker.models import prepare as prepare_model
 from molink_stage_worker.settings import StageWorkerSettings, size_bytes
-from molink_stage_worker.stage_slot import SlotSettings, Told
+from molink_stage_worker.stage_slot import EngineLoader, SlotSettings, Told
 from molink_stage_worker.worker import Prepared, Worker
+
+PrepareIn = Callable[[str, Path, Told], Prepared]
+"""`Prepare`, told the folder for models too."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,7 +31,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_service("worker", StageWorkerSettings, serve, given)
 
 
-async def serve(settings: StageWorkerSettings, stop: asyncio.Event) -> None:
+def _prepare(reference: str, cache: Path, told: Told) -> Prepared:
+    return prepare_model(reference, cache=cache, progress=told)
+
+
+async def serve(
+    settings: StageWorkerSettings,
+    stop: asyncio.Event,
+    *,
+    prepare: PrepareIn = _prepare,
+    load_engine: EngineLoader = load_engine,
+) -> None:
     """Open what the worker needs, run it, close everything."""
     torch.set_num_threads(settings.threads)
     memory_bytes = None if settings.memory == "auto" else size_bytes(settings.memory)
@@ -68,7 +81,7 @@ async def serve(settings: StageWorkerSettings, stop: asyncio.Event) -> None:
                 hardware=hardware,
                 model=settings.model,
                 drain_timeout_s=settings.drain_timeout_s,
-                prepare=lambda reference, told: _prepare(reference, cache, told),
+                prepare=lambda reference, told: prepare(reference, cache, told),
                 load_engine=load_engine,
                 telemetry=telemetry,
             )
@@ -81,10 +94,6 @@ async def serve(settings: StageWorkerSettings, stop: asyncio.Event) -> None:
 def _default_step_tokens(device: str) -> int:
     """A step should take a stage a fraction of a second: that long a decode token may have to wait behind it."""
     return 128 if device == "cpu" else 1024
-
-
-def _prepare(reference: str, cache: Path, told: Told) -> Prepared:
-    return prepare(reference, cache=cache, progress=told)
 
 
 if __name__ == "__main__":
