@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml  # type: ignore[import-untyped]  # it has no types of its own
 
-from molink.embedded import NATS_MAX_PAYLOAD_BYTES
+from molink.nats_config import NATS_MAX_PAYLOAD_BYTES
 from molink_common.settings import ServiceSettings, variable_of
 from molink_gateway.settings import GatewaySettings
 from molink_scheduler.settings import SchedulerSettings

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from molink import certify, chat, down, run_service, status, up
+from molink import broker, certify, chat, down, run_service, status, up
 from molink_common import __version__
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command(name="status")(status.status)
 app.command(name="chat")(chat.chat)
 app.command(name="certify")(certify.certify)
 run_service.register(app)
+app.command(name="broker")(broker.broker)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,6 +1,7 @@
 """Real servers from wheels: nats-server and a Redis-protocol server, started as child processes.
 
-Used by ``molink up`` and by the tests. Both listen on loopback only.
+Used by ``molink up`` and by the tests. Both listen on loopback only; NATS opens a door for the brokers of other
+sites when it is told to.
 """
 
 from __future__ import annotations
@@ -16,17 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from molink.nats_config import LeafDoor, pool_config, render
 from molink_common.errors import MolinkError
 
-NATS_MAX_PAYLOAD_BYTES = 8 * 1024 * 1024
 _START_TIMEOUT_S = 10.0
-_NATS_CONFIG = """\
-listen: "127.0.0.1:{port}"
-max_payload: {max_payload}
-# A slow link takes long to drain; the default of 10 s would cut its subscriber off and lose what is under way.
-write_deadline: "60s"
-max_pending: 536870912
-"""
 
 
 class ServerNotFound(MolinkError):
@@ -106,15 +100,29 @@ def _find(candidates: list[Path], names: list[str], fix: str) -> Path:
     raise ServerNotFound(f"no {' or '.join(names)} found: {fix}")
 
 
-def nats_command(folder: Path, port: int) -> tuple[str, ...]:
+def nats_command(folder: Path, port: int, leaf_door: LeafDoor | None = None) -> tuple[str, ...]:
     """How to start nats-server with MoLink's limits; writes its configuration into `folder`.
+
+    Clients are served on loopback only; the brokers of other sites at `leaf_door`, if there is one.
+
+    Raises:
+        ServerNotFound
+    """
+    return nats_server_command(folder, render(pool_config(host="127.0.0.1", port=port, leaf_door=leaf_door)))
+
+
+def nats_server_command(folder: Path, config_text: str) -> tuple[str, ...]:
+    """How to start nats-server with this configuration, which is written into `folder`.
 
     Raises:
         ServerNotFound
     """
     server = find_nats_server()
     config = folder / "nats.conf"
-    config.write_text(_NATS_CONFIG.format(port=port, max_payload=NATS_MAX_PAYLOAD_BYTES))
+    # it may hold a password: nobody else may read it, not even for a moment
+    config.touch(mode=0o600)
+    config.chmod(0o600)
+    config.write_text(config_text, encoding="utf-8")
     return (str(server), "-c", str(config))
 
 

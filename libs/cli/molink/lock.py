@@ -55,7 +55,7 @@ def hold(folder: Path, holder: Holder) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = lock_file(folder, holder.port)
-    file = _open_locked(path)
+    file = open_locked(path)
     if file is None:
         raise AlreadyRunning(_read(path) or Holder(pid=0, port=holder.port, url=holder.url))
     with file:
@@ -74,7 +74,7 @@ def current_holder(folder: Path, port: int) -> Holder | None:
     path = lock_file(folder, port)
     if not path.exists():
         return None
-    file = _open_locked(path)
+    file = open_locked(path)
     if file is None:
         return _read(path)
     with file, contextlib.suppress(OSError):
@@ -88,7 +88,7 @@ def holders(folder: Path) -> list[Holder]:
     return [holder for port in ports if (holder := current_holder(folder, port)) is not None]
 
 
-def _open_locked(path: Path) -> IO[str] | None:
+def open_locked(path: Path) -> IO[str] | None:
     """The file, open and locked, or None if somebody else holds it."""
     while True:
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+", encoding="utf-8")

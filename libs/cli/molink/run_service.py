@@ -1,13 +1,19 @@
-"""`molink gateway | scheduler | worker`: hand all arguments on to the service's own `main`."""
+"""`molink gateway | scheduler | worker`: hand all arguments on to the service's own `main`.
+
+A worker may ask for its site's broker (``--hub``), which is no business of the worker's own.
+"""
 
 from __future__ import annotations
 
 import importlib
+import os
 from dataclasses import dataclass
 
 import typer
 
+from molink import site_worker
 from molink_common.errors import MolinkError
+from molink_common.folders import cache_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +54,22 @@ def run_service(service: Service, arguments: list[str]) -> int:
     return int(module.main(arguments))
 
 
+def run_worker(service: Service, arguments: list[str]) -> int:
+    """The worker's exit code; it talks to its site's broker if ``--hub`` or ``MOLINK_HUB`` asks for one.
+
+    Raises:
+        MolinkError: something it needs is not installed, or the site's broker cannot run.
+    """
+    if any(argument in ("-h", "--help") for argument in arguments):
+        print(f"molink worker takes one flag more than the worker itself, whose flags follow:\n\n{site_worker.HELP}\n")
+        return run_service(service, arguments)
+    choice, rest = site_worker.site_choice(arguments, os.environ)
+    if choice is None:
+        return run_service(service, rest)
+    with site_worker.use_site_broker(choice, cache_folder()) as url:
+        return run_service(service, [*rest, "--nats-url", url])
+
+
 def register(app: typer.Typer) -> None:
     """Add one command for each service. Flags and ``--help`` are the service's own."""
     for service in SERVICES:
@@ -59,4 +81,5 @@ def _register_one(app: typer.Typer, service: Service) -> None:
 
     @app.command(name=service.command, help=service.help, context_settings=passed_on)
     def command(context: typer.Context) -> None:
-        raise typer.Exit(run_service(service, list(context.args)))
+        run = run_worker if service.command == "worker" else run_service
+        raise typer.Exit(run(service, list(context.args)))
