@@ -1,0 +1,118 @@
+"""How prompts are cut: how large a chunk, whether in steps of its own, and how many of those under way."""
+
+from __future__ import annotations
+
+from math import ceil
+
+from molink_stage_worker.planning.cycle import Cycle, Machine
+
+LEAST_CHUNK = 16
+MOST_CHUNKS_UNDER_WAY = 32
+_STALL_SHARE = 0.25
+"""Of the cycle: what one chunk may take of a stage."""
+_STALL_STEPS = 1.25
+"""What a chunk may always take, in steps of one token: less than a small step costs cannot be had."""
+_WASTE = 1.3
+"""Over the best cost a token: what small chunks may cost while others decode."""
+_WASTE_ALONE = 1.1
+_MOST_STALL_SHARE = 0.5
+_DELAY_SHARE = 0.1
+_LEAST_DELAY_S = 0.005
+_TOGETHER_AGAIN = 0.5
+_LEAST_FREE_SHARE = 0.1
+
+
+def separates(machine: Machine, *, step_tokens: int, cycle_s: float, is_separate: bool) -> bool:
+    """Whether prompts go in steps of their own.
+
+    They do when a full step's prompt tokens would hold its decode tokens up on the slowest link for longer than a
+    tenth of a cycle. Once they are apart, they stay so until it is half of that.
+    """
+    rate = machine.rate_bytes_per_s
+    if rate is None:
+        return False
+    allowed_s = max(_DELAY_SHARE * cycle_s, _LEAST_DELAY_S)
+    return step_tokens * machine.token_bytes / rate > allowed_s * (_TOGETHER_AGAIN if is_separate else 1.0)
+
+
+def separate_chunk_tokens(
+    machine: Machine, *, step_tokens: int, context_tokens: int, cycle_s: float | None, latency_target_s: float | None
+) -> int:
+    """Prompt tokens of a step of their own. `cycle_s` None: nothing decodes.
+
+    Two wishes pull apart. A decode step that finds a chunk in a stage waits for its end: so a chunk should take no
+    stage more than a quarter of a cycle. And every chunk pays a step's fixed cost: so a token should not cost more
+    than 1.3 times what it costs in the largest chunk. Where both cannot be had, the second wins, up to half a
+    cycle: throughput lost to small chunks delays decode too, only less visibly. With nothing to delay, only the
+    second counts, and stricter.
+    """
+    sizes = grid(step_tokens)
+    costs_s = [max(curve.compute_s(size, 1, context_tokens) for curve in machine.stages) for size in sizes]
+    best_s = min(cost_s / size for cost_s, size in zip(costs_s, sizes, strict=True))
+    waste = _WASTE_ALONE if cycle_s is None else _WASTE
+    efficient = next(size for size, cost_s in zip(sizes, costs_s, strict=True) if cost_s <= waste * best_s * size)
+    if cycle_s is None:
+        most_s = float("inf") if latency_target_s is None else latency_target_s
+        return min(efficient, _largest_within(sizes, costs_s, most_s))
+    one_s = max(curve.compute_s(1, 1, context_tokens) for curve in machine.stages)
+    stall_s = max(_STALL_SHARE * cycle_s, _STALL_STEPS * one_s)
+    most_s = max(_MOST_STALL_SHARE * cycle_s, stall_s)
+    if latency_target_s is not None:
+        most_s = min(most_s, max(latency_target_s - cycle_s, 0.0))
+    return min(
+        max(efficient, _largest_within(sizes, costs_s, stall_s)),
+        _largest_within(sizes, costs_s, most_s),
+    )
+
+
+def shared_chunk_tokens(
+    machine: Machine, *, step_tokens: int, context_tokens: int, size: int, latency_target_s: float | None
+) -> int:
+    """Prompt tokens of a step that `size` sequences decode in as well.
+
+    As many as fit; with a latency target, no stage may take longer than that.
+    """
+    if latency_target_s is None:
+        return step_tokens
+    sizes = grid(step_tokens)
+    costs_s = [
+        max(curve.compute_s(size + chunk, size + 1, (size + 1) * context_tokens) for curve in machine.stages)
+        for chunk in sizes
+    ]
+    return _largest_within(sizes, costs_s, latency_target_s)
+
+
+def chunks_under_way(machine: Machine, *, chunk_tokens: int, context_tokens: int, cycle: Cycle | None) -> int:
+    """So many that the slowest of stages and link never waits for a chunk.
+
+    The way round over what a chunk takes there, and one more. A stage has for chunks what decode leaves it.
+    """
+    slowest_s = 0.0
+    ring_s = machine.latency_s
+    for index, curve in enumerate(machine.stages):
+        decode_share = 0.0 if cycle is None or cycle.cycle_s <= 0 else cycle.stages_s[index] / cycle.cycle_s
+        stage_s = curve.compute_s(chunk_tokens, 1, context_tokens) / max(1.0 - decode_share, _LEAST_FREE_SHARE)
+        slowest_s = max(slowest_s, stage_s)
+        ring_s += stage_s
+    payload_bytes = chunk_tokens * machine.token_bytes
+    ring_s += payload_bytes * machine.s_per_byte
+    if machine.rate_bytes_per_s is not None:
+        slowest_s = max(slowest_s, payload_bytes / machine.rate_bytes_per_s)
+    if ring_s >= slowest_s * MOST_CHUNKS_UNDER_WAY:
+        return MOST_CHUNKS_UNDER_WAY
+    return min(max(ceil(ring_s / slowest_s) + 1, len(machine.stages)), MOST_CHUNKS_UNDER_WAY)
+
+
+def grid(step_tokens: int) -> list[int]:
+    """The sizes a chunk may have: four an octave, from 16 to `step_tokens`."""
+    sizes = []
+    octave = LEAST_CHUNK
+    while octave < step_tokens:
+        sizes += [size for quarter in range(4) if (size := octave + quarter * octave // 4) < step_tokens]
+        octave *= 2
+    return [*sizes, step_tokens]
+
+
+def _largest_within(sizes: list[int], costs_s: list[float], most_s: float) -> int:
+    """The largest size that costs no more; the smallest if none does."""
+    return max((size for size, cost_s in zip(sizes, costs_s, strict=True) if cost_s <= most_s), default=sizes[0])

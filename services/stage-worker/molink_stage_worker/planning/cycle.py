@@ -1,0 +1,114 @@
+"""How long a cycle takes with so many micro-batches under way: one token for every sequence that decodes.
+
+    cycle(M) = max( the slowest stage's time for all M micro-batches, over the share that prompt chunks leave it,
+                    the slowest link's time for all tokens,
+                    the way round of one micro-batch )
+
+The first grows with M (every step has a fixed cost), the last falls with M (smaller steps go round faster); the
+second does not care. Pure functions of curves and numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from molink_stage_worker.planning.stage_cost import StageCurve
+
+MOST_MICRO_BATCHES = 64
+
+
+class Bottleneck(Enum):
+    """What makes a cycle as long as it is."""
+
+    STAGE = "stage"
+    LINK = "link"
+    RING = "ring"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What is known of a pipeline at one moment."""
+
+    stages: tuple[StageCurve, ...]
+    prompt_shares: tuple[float, ...]
+    """By stage: the share of its time that prompt chunks take."""
+    token_bytes: int
+    latency_s: float
+    """Of all links together."""
+    s_per_byte: float
+    """Of all links together."""
+    rate_bytes_per_s: float | None
+    """Of the slowest link."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cycle:
+    """A prediction."""
+
+    micro_batches: int
+    size: int
+    """Sequences of the largest micro-batch."""
+    stages_s: tuple[float, ...]
+    """By stage: its decode work in one cycle, without waiting."""
+    stage_s: float
+    link_s: float
+    ring_s: float
+
+    @property
+    def cycle_s(self) -> float:
+        """Time between two tokens of a sequence."""
+        return max(self.stage_s, self.link_s, self.ring_s)
+
+    @property
+    def bottleneck(self) -> Bottleneck:
+        """Which of the three bounds holds."""
+        if self.stage_s >= max(self.link_s, self.ring_s):
+            return Bottleneck.STAGE
+        return Bottleneck.LINK if self.link_s >= self.ring_s else Bottleneck.RING
+
+    @property
+    def slowest_stage(self) -> int:
+        """The stage with the most decode work."""
+        return max(range(len(self.stages_s)), key=lambda index: self.stages_s[index])
+
+
+def predict(machine: Machine, *, decoding: int, context_tokens: int, micro_batches: int, chunk_tokens: int) -> Cycle:
+    """The cycle with `micro_batches` under way, chunks of `chunk_tokens` in between."""
+    size = -(-decoding // micro_batches)
+    full, rest = divmod(decoding, size)
+    stages_s = []
+    stage_s = ring_s = 0.0
+    for curve, share in zip(machine.stages, machine.prompt_shares, strict=True):
+        step_s = curve.compute_s(size, size, size * context_tokens)
+        work_s = full * step_s + (curve.compute_s(rest, rest, rest * context_tokens) if rest else 0.0)
+        stages_s.append(work_s)
+        stage_s = max(stage_s, work_s / (1.0 - share))
+        ring_s += step_s
+        if share:
+            ring_s += share * curve.compute_s(chunk_tokens, 1, context_tokens) / 2.0
+    rate = machine.rate_bytes_per_s
+    return Cycle(
+        micro_batches=full + (1 if rest else 0),
+        size=size,
+        stages_s=tuple(stages_s),
+        stage_s=stage_s,
+        link_s=0.0 if rate is None else decoding * machine.token_bytes / rate,
+        ring_s=ring_s + machine.latency_s + size * machine.token_bytes * machine.s_per_byte,
+    )
+
+
+def distinct_counts(decoding: int) -> list[int]:
+    """Every count of micro-batches that differs in its largest micro-batch from all smaller counts."""
+    most = min(decoding, MOST_MICRO_BATCHES)
+    return [count for count in range(1, most + 1) if count == -(-decoding // -(-decoding // count))]
+
+
+def best(cycles: list[Cycle], *, tie: float) -> Cycle:
+    """The shortest; of those within `tie` of it the one with the fewest micro-batches.
+
+    Fewer, larger steps do the same work in less of the stages' time: the rest is there for prompt chunks.
+    """
+    shortest_s = min(cycle.cycle_s for cycle in cycles)
+    good = [cycle for cycle in cycles if cycle.cycle_s <= (1.0 + tie) * shortest_s]
+    return min(good, key=lambda cycle: cycle.micro_batches)

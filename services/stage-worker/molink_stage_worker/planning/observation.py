@@ -1,0 +1,61 @@
+"""What the planner is told, and what it says about itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from molink_common.messages import StageCostReport
+from molink_common.wire import Traffic
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepObservation:
+    """A step that came back to the head."""
+
+    traffic: Traffic
+    tokens: int
+    sequences: int
+    context_tokens: int
+    """Sum over the step's entries of start + count."""
+    decode_tokens: int
+    """Entries that decode; the other tokens are prompt tokens."""
+    payload_bytes: int
+    """Hidden-state bytes that crossed each link."""
+    compute_s: tuple[float, ...]
+    """By stage, head first."""
+    waited_s: tuple[float, ...]
+    """By stage, head first: from the frame's arrival (at the head: from the plan) until its computation began."""
+    ring_s: float
+    """From the plan until the tokens were back, by the head's clock."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """What there is to do."""
+
+    decoding: int
+    """Sequences that are in decode."""
+    context_tokens: int
+    """Mean context of a sequence."""
+    prompt_tokens_waiting: int
+    """Prompt tokens that no step was planned for yet."""
+
+    def __post_init__(self) -> None:
+        if min(self.decoding, self.context_tokens, self.prompt_tokens_waiting) < 0:
+            raise ValueError(f"no number of a demand is negative: {self}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannerReport:
+    """What the planner believes."""
+
+    cycle_s: float | None
+    """Predicted time between two tokens of a stream. None: not enough is measured."""
+    bottleneck: str
+    """What makes a cycle as long as it is, in words."""
+    costs: tuple[StageCostReport, ...]
+    """By stage, head first. Empty until every stage has been measured."""
+    link_latency_s: float | None
+    """Of all links together, there and back to the head, without the part that grows with the payload."""
+    link_s_per_byte: float | None
+    """Of all links together."""

@@ -1,0 +1,287 @@
+"""The head's planner: observations in, a `BatchPlan` out, changed as rarely as pays."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import exp
+
+from molink_common.messages import PipelinePolicy, Scheduling
+from molink_common.wire import MAX_STEP_TOKENS, Traffic
+from molink_stage_worker.batch_plan import BatchPlan
+from molink_stage_worker.planning import chunks
+from molink_stage_worker.planning.cycle import Bottleneck, Cycle, Machine, best, distinct_counts, predict
+from molink_stage_worker.planning.observation import Demand, PlannerReport, StepObservation
+from molink_stage_worker.planning.published import published_micro_batches
+from molink_stage_worker.planning.ring import RingEstimator
+from molink_stage_worker.planning.stage_cost import StageEstimator
+
+WHOLE_PROMPT = MAX_STEP_TOKENS
+_PLANS_EVERY_S = 0.25
+_DEMAND_CHANGE = 0.25
+_TIE = 0.02
+_LEAST_GAIN = 0.03
+_CHANGES_EVERY_S = 1.0
+_CHANGES_EVERY_CYCLES = 3.0
+_PROMPT_SHARE_OVER_S = 3.0
+_MOST_PROMPT_SHARE = 0.7
+_LEAST_PROMPT_SHARE = 0.01
+_CHUNK_CHANGE = 1.3
+
+
+class Planner:
+    """Learns from every step that comes back and says how to form the next ones. Not thread-safe; no clock.
+
+    `token_bytes` is what one token's hidden state takes on a link, `step_tokens` the most tokens a step may hold.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_stages: int,
+        token_bytes: int,
+        step_tokens: int,
+        policy: PipelinePolicy,
+        latency_target_s: float | None = None,
+    ) -> None:
+        if min(num_stages, token_bytes, step_tokens) < 1:
+            raise ValueError("a pipeline has a stage, its tokens have bytes, its steps have tokens")
+        self._num_stages = num_stages
+        self._token_bytes = token_bytes
+        self._step_tokens = step_tokens
+        self._policy = policy
+        self._latency_target_s = latency_target_s
+        self._stages = [StageEstimator() for _ in range(num_stages)]
+        self._ring = RingEstimator(links=max(num_stages - 1, 1))
+        self._prompt_s = [0.0] * num_stages
+        """By stage: seconds of computing for prompts, fading over `_PROMPT_SHARE_OVER_S`."""
+        self._prompts_at_s: float | None = None
+        self._cycle: Cycle | None = None
+        self._plan = self._default_plan()
+        self._planned_at_s: float | None = None
+        self._planned_for: Demand | None = None
+        self._chosen_at_s: float | None = None
+        self._chosen_for = 0
+        """Sequences that decoded when the micro-batches were chosen."""
+
+    def on_step(self, step: StepObservation, now_s: float) -> None:
+        """A step came back. Steps of another number of stages (an older pipeline's) or without tokens say nothing."""
+        if step.tokens < 1 or not len(step.compute_s) == len(step.waited_s) == self._num_stages:
+            return
+        self._fade_prompts(now_s)
+        prompt_tokens = step.tokens - step.decode_tokens
+        for index, (stage, compute_s) in enumerate(zip(self._stages, step.compute_s, strict=True)):
+            if prompt_tokens > 0:
+                self._prompt_s[index] += self._prompt_part_s(stage, step, compute_s)
+            stage.on_step(
+                tokens=step.tokens,
+                sequences=step.sequences,
+                context_tokens=step.context_tokens,
+                compute_s=compute_s,
+            )
+        if self._num_stages > 1:
+            is_decode = step.traffic is Traffic.DECODE and prompt_tokens <= 0
+            self._ring.on_step(step, now_s, is_decode=is_decode)
+
+    def on_link(self, rate_bytes_per_s: float | None, round_trip_s: float | None) -> None:
+        """What the sender of the head's own link has measured. None: not known."""
+        self._ring.on_link(rate_bytes_per_s, round_trip_s)
+
+    def plan(self, demand: Demand, now_s: float) -> BatchPlan:
+        """How to form steps now.
+
+        Cheap to call for every step: it thinks again four times a second at most, or when the demand has changed by
+        a quarter.
+        """
+        if self._is_due(demand, now_s):
+            self._planned_at_s = now_s
+            self._planned_for = demand
+            self._plan = self._think(demand, now_s)
+        return self._plan
+
+    def report(self) -> PlannerReport:
+        """What the planner believes."""
+        costs = [cost for stage in self._stages if (cost := stage.report()) is not None]
+        return PlannerReport(
+            cycle_s=None if self._cycle is None else self._cycle.cycle_s,
+            bottleneck=self._bottleneck(),
+            costs=tuple(costs) if len(costs) == self._num_stages else (),
+            link_latency_s=self._ring.latency_s,
+            link_s_per_byte=self._ring.s_per_byte if self._ring.is_slope_known else None,
+        )
+
+    # --- deciding --------------------------------------------------------------------------------------------
+
+    def _is_due(self, demand: Demand, now_s: float) -> bool:
+        before = self._planned_for
+        if before is None or self._planned_at_s is None or now_s - self._planned_at_s >= _PLANS_EVERY_S:
+            return True
+        changed = abs(demand.decoding - before.decoding)
+        return changed > _DEMAND_CHANGE * before.decoding or now_s < self._planned_at_s
+
+    def _think(self, demand: Demand, now_s: float) -> BatchPlan:
+        machine = self._machine(now_s)
+        match self._policy.scheduling:
+            case Scheduling.PLAIN:
+                self._predict(machine, demand, self._default_plan().micro_batches)
+                return self._default_plan()
+            case Scheduling.PUBLISHED:
+                micro_batches = self._policy.micro_batches or published_micro_batches(
+                    self._stages[0].curve(),
+                    sequences=demand.decoding,
+                    context_tokens=demand.context_tokens,
+                    num_stages=self._num_stages,
+                    token_bytes=self._token_bytes,
+                    assumed_bytes_per_s=self._policy.assumed_link_bytes_per_s,
+                )
+                self._predict(machine, demand, micro_batches)
+                return replace(self._default_plan(), micro_batches=micro_batches)
+            case Scheduling.ADAPTIVE:
+                if machine is None:
+                    return self._default_plan()
+                return self._adapt(machine, demand, now_s)
+
+    def _adapt(self, machine: Machine, demand: Demand, now_s: float) -> BatchPlan:
+        micro_batches = self._choose_micro_batches(machine, demand, now_s)
+        decode_only_s: float | None = None
+        if demand.decoding:
+            alone = replace(machine, prompt_shares=(0.0,) * self._num_stages)
+            decode_only_s = self._cycle_of(alone, demand, micro_batches).cycle_s
+        separate = self._plan.separate_prefill
+        if decode_only_s is not None or not separate:
+            separate = chunks.separates(
+                machine, step_tokens=self._step_tokens, cycle_s=decode_only_s or 0.0, is_separate=separate
+            )
+        if separate:
+            wanted = chunks.separate_chunk_tokens(
+                machine,
+                step_tokens=self._step_tokens,
+                context_tokens=demand.context_tokens,
+                cycle_s=decode_only_s,
+                latency_target_s=self._latency_target_s,
+            )
+        else:
+            wanted = chunks.shared_chunk_tokens(
+                machine,
+                step_tokens=self._step_tokens,
+                context_tokens=demand.context_tokens,
+                size=-(-demand.decoding // micro_batches),
+                latency_target_s=self._latency_target_s,
+            )
+        before = self._plan.chunk_tokens
+        is_near = before <= _CHUNK_CHANGE * wanted and wanted <= _CHUNK_CHANGE * before
+        chunk_tokens = before if is_near and separate == self._plan.separate_prefill else wanted
+        return BatchPlan(
+            micro_batches=micro_batches,
+            chunk_tokens=chunk_tokens,
+            chunks_under_way=chunks.chunks_under_way(
+                machine,
+                chunk_tokens=chunk_tokens,
+                context_tokens=demand.context_tokens,
+                cycle=self._cycle if demand.decoding else None,
+            ),
+            separate_prefill=separate,
+        )
+
+    def _choose_micro_batches(self, machine: Machine, demand: Demand, now_s: float) -> int:
+        present = self._plan.micro_batches
+        if self._policy.micro_batches is not None:
+            self._predict(machine, demand, self._policy.micro_batches)
+            return self._policy.micro_batches
+        if demand.decoding == 0:
+            self._cycle = None
+            return present
+        now = self._cycle_of(machine, demand, present)
+        chosen = best([self._cycle_of(machine, demand, count) for count in distinct_counts(demand.decoding)], tie=_TIE)
+        is_other_demand = not self._chosen_for / 2 < demand.decoding < self._chosen_for * 2
+        pays = chosen.cycle_s < (1.0 - _LEAST_GAIN) * now.cycle_s
+        rest_s = max(_CHANGES_EVERY_S, _CHANGES_EVERY_CYCLES * now.cycle_s)
+        has_rested = self._chosen_at_s is None or now_s - self._chosen_at_s >= rest_s
+        if not is_other_demand and not (pays and has_rested):
+            self._cycle = now
+            return present
+        self._cycle = chosen
+        self._chosen_for = demand.decoding
+        self._chosen_at_s = now_s
+        return chosen.micro_batches
+
+    def _predict(self, machine: Machine | None, demand: Demand, micro_batches: int) -> None:
+        self._cycle = None if machine is None or not demand.decoding else self._cycle_of(machine, demand, micro_batches)
+
+    def _cycle_of(self, machine: Machine, demand: Demand, micro_batches: int) -> Cycle:
+        return predict(
+            machine,
+            decoding=demand.decoding,
+            context_tokens=demand.context_tokens,
+            micro_batches=min(micro_batches, demand.decoding),
+            chunk_tokens=min(self._plan.chunk_tokens, self._step_tokens),
+        )
+
+    def _default_plan(self) -> BatchPlan:
+        fixed = self._policy.micro_batches
+        match self._policy.scheduling:
+            case Scheduling.PLAIN:
+                return BatchPlan(
+                    micro_batches=fixed or 1, chunk_tokens=WHOLE_PROMPT, chunks_under_way=1, separate_prefill=False
+                )
+            case Scheduling.PUBLISHED:
+                return BatchPlan(
+                    micro_batches=fixed or self._num_stages,
+                    chunk_tokens=WHOLE_PROMPT,
+                    chunks_under_way=1,
+                    separate_prefill=True,
+                )
+            case Scheduling.ADAPTIVE:
+                return BatchPlan(
+                    micro_batches=fixed or self._num_stages,
+                    chunk_tokens=self._step_tokens,
+                    chunks_under_way=self._num_stages,
+                    separate_prefill=False,
+                )
+
+    # --- knowing ---------------------------------------------------------------------------------------------
+
+    def _machine(self, now_s: float) -> Machine | None:
+        """What is known. None: too little."""
+        curves = [curve for stage in self._stages if (curve := stage.curve()) is not None]
+        latency_s = 0.0 if self._num_stages == 1 else self._ring.latency_s
+        if len(curves) < self._num_stages or latency_s is None:
+            return None
+        self._fade_prompts(now_s)
+        shares = [min(prompt_s / _PROMPT_SHARE_OVER_S, _MOST_PROMPT_SHARE) for prompt_s in self._prompt_s]
+        return Machine(
+            stages=tuple(curves),
+            prompt_shares=tuple(share if share >= _LEAST_PROMPT_SHARE else 0.0 for share in shares),
+            token_bytes=self._token_bytes,
+            latency_s=latency_s,
+            s_per_byte=0.0 if self._num_stages == 1 else self._ring.s_per_byte,
+            rate_bytes_per_s=None if self._num_stages == 1 else self._ring.rate_bytes_per_s,
+        )
+
+    def _prompt_part_s(self, stage: StageEstimator, step: StepObservation, compute_s: float) -> float:
+        """What the step's prompt tokens cost: all, or what decode alone would not have."""
+        if step.decode_tokens == 0:
+            return compute_s
+        curve = stage.curve()
+        if curve is None:
+            return compute_s * (1.0 - step.decode_tokens / step.tokens)
+        context_tokens = step.context_tokens * step.decode_tokens // max(step.sequences, 1)
+        return max(compute_s - curve.compute_s(step.decode_tokens, step.decode_tokens, context_tokens), 0.0)
+
+    def _fade_prompts(self, now_s: float) -> None:
+        before_s = self._prompts_at_s
+        self._prompts_at_s = now_s if before_s is None else max(now_s, before_s)
+        if before_s is not None and now_s > before_s:
+            fade = exp((before_s - now_s) / _PROMPT_SHARE_OVER_S)
+            self._prompt_s = [prompt_s * fade for prompt_s in self._prompt_s]
+
+    def _bottleneck(self) -> str:
+        cycle = self._cycle
+        if cycle is None:
+            return "not known yet"
+        match cycle.bottleneck:
+            case Bottleneck.STAGE:
+                return f"stage {cycle.slowest_stage} computes for the whole cycle"
+            case Bottleneck.LINK:
+                return "the slowest link sends for the whole cycle"
+            case Bottleneck.RING:
+                return "the way round the pipeline"
