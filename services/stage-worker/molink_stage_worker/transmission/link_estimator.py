@@ -1,0 +1,160 @@
+"""How fast a link is and how long its way, from deliveries that the receiver acknowledged.
+
+Rate: bytes over time in spans in which the link was never idle. A frame that was sent before the one ahead of it had
+left the link followed it without a gap; whether it did is seen from the least time between sending and receiving
+(the two clocks' difference is part of that number, and cancels out). What is left open by that, a stream too thin to
+keep the link busy, can only raise the estimate. This is the delivery rate of BBR (Cardwell et al., "BBR: Congestion-
+Based Congestion Control", 2016), taken at the receiver; an upper quantile of the latest samples stands in for its
+maximum, so that one wrong sample does not rule for seconds and a link that became slower is noticed.
+
+Round trip: the least of the last seconds.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+_ROUND_TRIP_WINDOW_S = 20.0
+_ONE_WAY_WINDOW_S = 10.0
+"""Short, because the two clocks drift against each other."""
+_SLOTS = 8
+_SAMPLES = 24
+_QUANTILE = 0.7
+_SAMPLE_AGE_S = 30.0
+_LEAST_SPAN_S = 0.050
+_SHORT_SPAN_S = 0.002
+_SHORT_SPAN_BYTES = 32768
+_UNKNOWN_RATE_SLACK_S = 0.001
+_MOST_SLACK_S = 0.005
+
+
+@dataclass(frozen=True, slots=True)
+class LeastDelay:
+    """The least delay of a while, and the size of the message that had it."""
+
+    seconds: float
+    size_bytes: int
+    at_s: float
+
+
+class WindowedMinimum:
+    """The least delay of the last `window_s`, to an eighth of that. Constant size and cost."""
+
+    def __init__(self, window_s: float) -> None:
+        self._slot_s = window_s / _SLOTS
+        self._slots: deque[tuple[int, LeastDelay]] = deque()
+
+    def add(self, seconds: float, size_bytes: int, now_s: float) -> LeastDelay:
+        """The least with this one."""
+        slot = int(now_s / self._slot_s)
+        slots = self._slots
+        if slots and slot - slots[0][0] > _SLOTS:
+            slots.popleft()
+        if not slots or seconds <= slots[-1][1].seconds or slot != slots[-1][0]:
+            while slots and slots[-1][1].seconds >= seconds:
+                slots.pop()
+            slots.append((slot, LeastDelay(seconds, size_bytes, now_s)))
+        return slots[0][1]
+
+    @property
+    def least(self) -> LeastDelay | None:
+        """As of the latest `add`."""
+        return self._slots[0][1] if self._slots else None
+
+
+class LinkEstimator:
+    """Learns from `on_delivery`; holds a few numbers however long it runs."""
+
+    def __init__(self) -> None:
+        self._round_trips = WindowedMinimum(_ROUND_TRIP_WINDOW_S)
+        self._one_way = WindowedMinimum(_ONE_WAY_WINDOW_S)
+        self._samples: deque[tuple[float, float]] = deque(maxlen=_SAMPLES)
+        self._rate: float | None = None
+        self._received_s: float | None = None
+        self._busy_since_s = 0.0
+        self._busy_bytes = 0
+        self._thin_since_s = 0.0
+        self._thin_bytes = 0
+
+    @property
+    def rate_bytes_per_s(self) -> float | None:
+        """What the link carries when it is never idle."""
+        return self._rate
+
+    @property
+    def base(self) -> LeastDelay | None:
+        """The least round trip lately, with the size of the message that had it."""
+        return self._round_trips.least
+
+    @property
+    def round_trip_s(self) -> float | None:
+        """The least round trip lately."""
+        base = self._round_trips.least
+        return None if base is None else base.seconds
+
+    def on_delivery(
+        self, *, size_bytes: int, sent_s: float, received_us: int, now_s: float, earlier_bytes: int = 0
+    ) -> None:
+        """A message that was sent at `sent_s` arrived at `received_us` by the receiver's clock.
+
+        `earlier_bytes` arrived some time before it, unacknowledged.
+        """
+        received_s = received_us / 1e6
+        self._round_trips.add(now_s - sent_s, size_bytes, now_s)
+        least = self._one_way.add(received_s - sent_s, size_bytes, now_s)
+        before_s = self._received_s
+        if before_s is None:
+            self._thin_since_s = received_s
+        else:
+            received_s = max(received_s, before_s)
+            self._thin_bytes += size_bytes + earlier_bytes
+        if before_s is not None and before_s - sent_s >= least.seconds - self._slack_s(least):
+            self._busy_bytes += size_bytes + earlier_bytes
+        else:
+            self._end_busy_span()
+            self._busy_since_s = min(received_s, sent_s + least.seconds)
+            self._busy_bytes = max(0, size_bytes - least.size_bytes)
+        self._received_s = received_s
+        self._measure(received_s, now_s)
+
+    def forget_clock(self) -> None:
+        """The receiver may be another one from here on: its clock cannot be compared with what came before."""
+        self._one_way = WindowedMinimum(_ONE_WAY_WINDOW_S)
+        self._received_s = None
+        self._busy_bytes = self._thin_bytes = 0
+
+    def _slack_s(self, least: LeastDelay) -> float:
+        """What the least delay holds of its own message's transmission."""
+        if self._rate is None:
+            return _UNKNOWN_RATE_SLACK_S
+        return min(_MOST_SLACK_S, least.size_bytes / self._rate)
+
+    def _measure(self, received_s: float, now_s: float) -> None:
+        base = self._round_trips.least
+        span_s = _LEAST_SPAN_S if base is None else max(_LEAST_SPAN_S, base.seconds)
+        busy_s = received_s - self._busy_since_s
+        if busy_s >= span_s and self._busy_bytes > 0:
+            self._add_sample(self._busy_bytes / busy_s, now_s)
+            self._busy_since_s, self._busy_bytes = received_s, 0
+        thin_s = received_s - self._thin_since_s
+        if thin_s >= 2 * span_s:
+            if self._rate is not None and self._thin_bytes / thin_s > self._rate:
+                self._add_sample(self._thin_bytes / thin_s, now_s)
+            self._thin_since_s, self._thin_bytes = received_s, 0
+
+    def _end_busy_span(self) -> None:
+        """A span too short to be a sample of its own may still show that the link is faster than it was thought."""
+        if self._received_s is None or self._busy_bytes < _SHORT_SPAN_BYTES:
+            return
+        busy_s = self._received_s - self._busy_since_s
+        if busy_s >= _SHORT_SPAN_S and (self._rate is None or self._busy_bytes / busy_s > self._rate):
+            self._add_sample(self._busy_bytes / busy_s, self._samples[-1][0] if self._samples else 0.0)
+
+    def _add_sample(self, rate: float, now_s: float) -> None:
+        samples = self._samples
+        while samples and now_s - samples[0][0] > _SAMPLE_AGE_S:
+            samples.popleft()
+        samples.append((now_s, rate))
+        ordered = sorted(sample for _, sample in samples)
+        self._rate = ordered[round(_QUANTILE * (len(ordered) - 1))]

@@ -1,0 +1,138 @@
+"""How much of class bulk may be under way: enough to keep the link busy, not so much that a queue stands on it.
+
+The window is adapted to the measured delay, as TCP Vegas and FAST TCP do (Wei, Jin, Low, Hegde, "FAST TCP:
+Motivation, Architecture, Algorithms, Performance", 2006) and with a fixed target for the queue as in LEDBAT
+(RFC 6817): once a round, ``window *= (base + target) / (base + standing)``, smoothed. The *standing* queue is the
+least of the last rounds' delays, as in CoDel (RFC 8289): what other traffic puts on the link in bursts does not
+stand. It begins as slow start does, and ends that once delay shows (HyStart, RFC 9406).
+
+The base delay is the least of the last seconds. Bulk that never pauses hides it, so every ten seconds the window is
+halved for one round, until the delay without a queue shows (as BBR's ProbeRTT).
+"""
+
+from __future__ import annotations
+
+from molink_stage_worker.transmission.link_estimator import LeastDelay
+from molink_stage_worker.transmission.values import SenderSettings
+
+_LEAST_ROUND_S = 0.050
+_GAIN = 0.4
+_HIGH_SAMPLES = 8
+"""So many delays above half the target one after the other end slow start."""
+_IDLE_QUEUE_ROUNDS = 3
+"""After so many full rounds with hardly a queue the link must have become faster: slow start again."""
+_BASE_AGE_S = 10.0
+_BASE_TOLERANCE = 1.02
+_BASE_TOLERANCE_S = 0.0005
+
+
+class AdaptiveWindow:
+    """The window of one link. `size_bytes` is what may be under way."""
+
+    def __init__(self, settings: SenderSettings) -> None:
+        self._settings = settings
+        self.standing_delay_s: float | None = None
+        self._base_seen_s: float | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        """As at the beginning: what was known does not hold."""
+        self._window = float(self._settings.start_window_bytes)
+        self._in_slow_start = True
+        self._is_draining = False
+        self._high_samples = 0
+        self._least_high_s = 0.0
+        self._idle_queue_rounds = 0
+        self._was_full = False
+        self._round_began_s: float | None = None
+        self._least_now_s = self._least_before_s = float("inf")
+
+    @property
+    def size_bytes(self) -> int:
+        """What may be under way now."""
+        return int(self._window / 2 if self._is_draining else self._window)
+
+    @property
+    def in_slow_start(self) -> bool:
+        """Whether the window still looks for the link's size."""
+        return self._in_slow_start
+
+    def on_full(self) -> None:
+        """Something waited for the window: only a window that is used may grow."""
+        self._was_full = True
+
+    def on_ack(
+        self, *, size_bytes: int, sent_s: float, now_s: float, base: LeastDelay, rate_bytes_per_s: float | None
+    ) -> None:
+        """A piece that was sent at `sent_s` is acknowledged."""
+        delay_s = now_s - sent_s - base.seconds
+        if self._base_seen_s is None or now_s - sent_s <= base.seconds * _BASE_TOLERANCE + _BASE_TOLERANCE_S:
+            self._base_seen_s = now_s
+        if rate_bytes_per_s is not None:
+            delay_s -= (size_bytes - base.size_bytes) / rate_bytes_per_s
+        delay_s = max(0.0, delay_s)
+        self._least_now_s = min(self._least_now_s, delay_s)
+        if self._in_slow_start:
+            self._grow(size_bytes, delay_s, base)
+        if self._round_began_s is None:
+            self._round_began_s = now_s
+        elif sent_s >= self._round_began_s and now_s - self._round_began_s >= _LEAST_ROUND_S:
+            self._end_round(now_s, base)
+            self._round_began_s = now_s
+        self._clamp(base, rate_bytes_per_s)
+
+    def _grow(self, size_bytes: int, delay_s: float, base: LeastDelay) -> None:
+        target_s = self._settings.decode_delay_s
+        if delay_s <= target_s / 2:
+            self._high_samples = 0
+            if self._was_full:
+                self._window += size_bytes
+            return
+        self._least_high_s = min(self._least_high_s, delay_s) if self._high_samples else delay_s
+        self._high_samples += 1
+        if self._high_samples >= _HIGH_SAMPLES:
+            self._in_slow_start = False
+            self._high_samples = 0
+            self._window *= min(1.0, (base.seconds + target_s) / (base.seconds + self._least_high_s))
+            self._least_now_s = self._least_before_s = float("inf")
+
+    def _end_round(self, now_s: float, base: LeastDelay) -> None:
+        standing_s = min(self._least_now_s, self._least_before_s)
+        self._least_before_s, self._least_now_s = self._least_now_s, float("inf")
+        was_full, self._was_full = self._was_full, False
+        if self._is_draining:
+            self._is_draining = False
+            self._base_seen_s = now_s
+            self._least_before_s = float("inf")
+            return
+        if standing_s == float("inf"):
+            return
+        self.standing_delay_s = standing_s
+        if self._in_slow_start:
+            return
+        target_s = self._settings.decode_delay_s
+        ratio = (base.seconds + target_s) / (base.seconds + standing_s)
+        if ratio < 1 or was_full:
+            self._window *= 1 + _GAIN * (max(0.5, min(2.0, ratio)) - 1)
+        self._idle_queue_rounds = self._idle_queue_rounds + 1 if was_full and standing_s < target_s / 4 else 0
+        if self._idle_queue_rounds >= _IDLE_QUEUE_ROUNDS:
+            self._idle_queue_rounds = 0
+            self._in_slow_start = True
+        if was_full and self._base_seen_s is not None and now_s - self._base_seen_s > _BASE_AGE_S:
+            self._is_draining = True
+
+    def _clamp(self, base: LeastDelay, rate_bytes_per_s: float | None) -> None:
+        settings = self._settings
+        piece, least = settings.first_piece_bytes, 0.0
+        if rate_bytes_per_s is not None:
+            piece = piece_bytes(rate_bytes_per_s, settings)
+            least = settings.bulk_share * rate_bytes_per_s * base.seconds
+        self._window = min(max(self._window, least, 2.0 * piece), settings.max_window_bytes)
+
+
+def piece_bytes(rate_bytes_per_s: float | None, settings: SenderSettings) -> int:
+    """A piece that takes half of the allowed delay, within bounds."""
+    if rate_bytes_per_s is None:
+        return settings.first_piece_bytes
+    wanted = int(rate_bytes_per_s * settings.decode_delay_s / 2)
+    return max(settings.min_piece_bytes, min(settings.max_piece_bytes, wanted))
