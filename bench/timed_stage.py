@@ -21,8 +21,8 @@ from molink_common.messages import Dtype, ModelCard
 from molink_common.wire import Entry, Logits
 from molink_stage_worker.engine.interface import Progress, StageSpec, StepOutput
 from molink_stage_worker.models import prepare as prepare_model
+from molink_stage_worker.models.cache import Progress as Told
 from molink_stage_worker.models.prepare import PreparedModel
-from molink_stage_worker.stage_slot import Told
 
 NUM_LAYERS = 80
 HIDDEN_SIZE = 8192

@@ -40,7 +40,7 @@ def parse_curve(arguments: Sequence[str]) -> tuple[CostCurve, list[str]]:
     for part in fields(CostCurve):
         parser.add_argument(f"--{part.name.removesuffix('_s').replace('_', '-')}-us", type=float, dest=part.name)
     chosen, rest = parser.parse_known_args(arguments)
-    given = {name: value * 1e-6 for name, value in vars(chosen).items() if value is not None}
+    given = {name: value / 1e6 for name, value in vars(chosen).items() if value is not None}
     return CostCurve(**given), rest
 
 
