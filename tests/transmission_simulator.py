@@ -1,4 +1,4 @@
-"""A link with a virtual clock, for the transmission scheduler: FIFO, a rate, a delay, a broker between, acknowledgements.
+"""A link with a virtual clock, for the transmission scheduler: FIFO, rate, delay, a broker between, acknowledgements.
 
     sender ─▶ rate (FIFO) ─▶ delay, hop, jitter ─▶ receiver ─▶ delay, hop ─▶ on_ack
 

@@ -137,6 +137,8 @@ class LinkEstimator:
         if busy_s >= span_s and self._busy_bytes > 0:
             self._add_sample(self._busy_bytes / busy_s, now_s)
             self._busy_since_s, self._busy_bytes = received_s, 0
+        elif self._rate is None and busy_s >= _SHORT_SPAN_S and self._busy_bytes >= _SHORT_SPAN_BYTES:
+            self._add_sample(self._busy_bytes / busy_s, now_s)
         thin_s = received_s - self._thin_since_s
         if thin_s >= 2 * span_s:
             if self._rate is not None and self._thin_bytes / thin_s > self._rate:

@@ -18,8 +18,12 @@ from molink_stage_worker.transmission.values import SenderSettings
 _LEAST_ROUND_S = 0.050
 _GAIN = 0.4
 _HIGH_SAMPLES = 8
-"""So many delays above half the target one after the other end slow start."""
-_IDLE_QUEUE_ROUNDS = 3
+"""So many high delays one after the other, for a quarter of a round trip, end slow start."""
+_HIGH_SHARE, _MOST_HIGH_S = 1 / 8, 0.016
+"""What is high: half the target, or on long ways this share of the way, if that is more (RFC 9406, 4.2)."""
+_KNOWN_RATE_GROWTH = 3.0
+"""Slow start below what the measured rate fills: four times a round instead of twice."""
+_IDLE_QUEUE_ROUNDS = 2
 """After so many full rounds with hardly a queue the link must have become faster: slow start again."""
 _BASE_AGE_S = 10.0
 _BASE_TOLERANCE = 1.02
@@ -41,7 +45,7 @@ class AdaptiveWindow:
         self._in_slow_start = True
         self._is_draining = False
         self._high_samples = 0
-        self._least_high_s = 0.0
+        self._least_high_s = self._high_since_s = 0.0
         self._idle_queue_rounds = 0
         self._was_full = False
         self._round_began_s: float | None = None
@@ -73,7 +77,7 @@ class AdaptiveWindow:
         delay_s = max(0.0, delay_s)
         self._least_now_s = min(self._least_now_s, delay_s)
         if self._in_slow_start:
-            self._grow(size_bytes, delay_s, base)
+            self._grow(size_bytes, delay_s, now_s, base, rate_bytes_per_s)
         if self._round_began_s is None:
             self._round_began_s = now_s
         elif sent_s >= self._round_began_s and now_s - self._round_began_s >= _LEAST_ROUND_S:
@@ -81,16 +85,21 @@ class AdaptiveWindow:
             self._round_began_s = now_s
         self._clamp(base, rate_bytes_per_s)
 
-    def _grow(self, size_bytes: int, delay_s: float, base: LeastDelay) -> None:
+    def _grow(
+        self, size_bytes: int, delay_s: float, now_s: float, base: LeastDelay, rate_bytes_per_s: float | None
+    ) -> None:
         target_s = self._settings.decode_delay_s
-        if delay_s <= target_s / 2:
+        if delay_s <= max(target_s / 2, min(base.seconds * _HIGH_SHARE, _MOST_HIGH_S)):
             self._high_samples = 0
             if self._was_full:
-                self._window += size_bytes
+                is_below = rate_bytes_per_s is not None and self._window < rate_bytes_per_s * base.seconds
+                self._window += size_bytes * (_KNOWN_RATE_GROWTH if is_below else 1.0)
             return
-        self._least_high_s = min(self._least_high_s, delay_s) if self._high_samples else delay_s
+        if self._high_samples == 0:
+            self._high_since_s, self._least_high_s = now_s, delay_s
         self._high_samples += 1
-        if self._high_samples >= _HIGH_SAMPLES:
+        self._least_high_s = min(self._least_high_s, delay_s)
+        if self._high_samples >= _HIGH_SAMPLES and now_s - self._high_since_s >= base.seconds / 4:
             self._in_slow_start = False
             self._high_samples = 0
             self._window *= min(1.0, (base.seconds + target_s) / (base.seconds + self._least_high_s))
