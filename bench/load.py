@@ -6,9 +6,10 @@ It speaks just enough HTTP/1.1 to read one server-sent event stream a connection
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
 
 import orjson
 
@@ -53,22 +54,11 @@ async def stream_chat(
 
 async def _stream_chat(host: str, port: int, body: dict[str, object], hang_up_after: int | None) -> StreamResult:
     request = {**body, "stream": True, "stream_options": {"include_usage": True}}
-    payload = orjson.dumps(request)
-    head = (
-        f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(payload)}\r\nConnection: close\r\n\r\n"
-    ).encode()
     started = time.perf_counter()
-    reader, writer = await asyncio.open_connection(host, port, limit=1 << 20)
     times: list[float] = []
     text: list[str] = []
     usage, finish, error = 0, None, None
-    try:
-        writer.write(head + payload)
-        await writer.drain()
-        status = int((await reader.readline()).split()[1])
-        while (await reader.readline()).strip():
-            pass
+    async with _posted(host, port, "/v1/chat/completions", request) as (status, reader):
         while line := await reader.readline():
             if status != 200:
                 error = (error or "") + line.decode(errors="replace")
@@ -88,12 +78,83 @@ async def _stream_chat(host: str, port: int, body: dict[str, object], hang_up_af
                     text.append(choice["delta"]["content"])
             if hang_up_after is not None and len(times) >= hang_up_after:
                 break
-    finally:
-        writer.close()
     return StreamResult(
         status=status, started_s=started, token_times_s=tuple(times), text="".join(text),
         completion_tokens=usage, finish_reason=finish, error=error,
     )  # fmt: skip
+
+
+class RequestFailed(Exception):
+    """A completion that was refused, broke off or ended early."""
+
+
+@dataclass(slots=True, kw_only=True)
+class TokenTrace:
+    """What a client has seen of one completion so far. Times are seconds on one monotonic clock."""
+
+    prompt_tokens: int
+    started_s: float
+    arrivals: list[tuple[float, int]] = field(default_factory=list)
+    """When tokens came, and how many at once."""
+    is_complete: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """How many have come."""
+        return sum(count for _, count in self.arrivals)
+
+
+async def trace_completion(
+    trace: TokenTrace, *, host: str, port: int, model: str, prompt: Sequence[int], max_tokens: int
+) -> None:
+    """One streamed completion of exactly `max_tokens` tokens after the token ids of `prompt`.
+
+    `trace` holds what has come, also when this is cancelled, which hangs up.
+
+    Raises:
+        RequestFailed: it was refused or ended early.
+        TimeoutError: no end within ten minutes.
+        OSError: the connection broke.
+    """
+    body = {"model": model, "prompt": list(prompt), "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+    body |= {"stream": True, "return_token_ids": True}
+    async with asyncio.timeout(_TIMEOUT_S), _posted(host, port, "/v1/completions", body) as (status, reader):
+        while line := await reader.readline():
+            if status != 200 and line.startswith(b"{"):
+                raise RequestFailed(f"{status}: {line.decode(errors='replace')}")
+            if not line.startswith(b"data: {"):
+                continue
+            chunk = orjson.loads(line[6:])
+            if "error" in chunk:
+                raise RequestFailed(str(chunk["error"].get("message")))
+            count = sum(len(choice.get("token_ids") or ()) for choice in chunk["choices"])
+            if count:
+                trace.arrivals.append((time.perf_counter(), count))
+    if trace.num_tokens != max_tokens:
+        raise RequestFailed(f"{trace.num_tokens} tokens instead of {max_tokens} (status {status})")
+    trace.is_complete = True
+
+
+@contextlib.asynccontextmanager
+async def _posted(
+    host: str, port: int, path: str, body: dict[str, object]
+) -> AsyncIterator[tuple[int, asyncio.StreamReader]]:
+    """The status of the answer, and its body to be read line by line. The connection is closed at the end."""
+    payload = orjson.dumps(body)
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(payload)}\r\nConnection: close\r\n\r\n"
+    ).encode()
+    reader, writer = await asyncio.open_connection(host, port, limit=1 << 20)
+    try:
+        writer.write(head + payload)
+        await writer.drain()
+        status = int((await reader.readline()).split()[1])
+        while (await reader.readline()).strip():
+            pass
+        yield status, reader
+    finally:
+        writer.close()
 
 
 def chat_prompts(count: int) -> list[list[dict[str, str]]]:
