@@ -38,7 +38,7 @@ MODEL_NAME = "smollm2-bf16.gguf"
 _FETCH_TIMEOUT_S = 1800.0
 _BUILD_TIMEOUT_S = 4 * 3600.0
 _MODEL_TIMEOUT_S = 600.0
-_VENDORED = "/vendor/llama.cpp/"
+_VENDORED = "vendor/llama.cpp/"
 
 _FIXED_OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
@@ -170,7 +170,7 @@ def _fetch_source(folder: Path) -> None:
         if archive is None:
             raise CannotBuildPeer(f"pip fetched no source package of llama-cpp-python {VERSION}")
         with tarfile.open(archive) as package:
-            members = [member for member in package.getmembers() if _VENDORED in member.name]
+            members = [member for member in package.getmembers() if member.name.partition("/")[2].startswith(_VENDORED)]
             package.extractall(scratch / "unpacked", members=members, filter="data")
         vendored = next(iter((scratch / "unpacked").glob("*/vendor/llama.cpp")), None)
         if vendored is None:
