@@ -136,14 +136,16 @@ def redis_command(folder: Path, port: int) -> tuple[str, ...]:
     return (str(find_redis_server()), *address, "--save", "", "--appendonly", "no", "--dir", str(folder))
 
 
-def start_nats(folder: Path, port: int | None = None, *, own_group: bool = False) -> EmbeddedServer:
+def start_nats(
+    folder: Path, port: int | None = None, *, own_group: bool = False, leaf_door: LeafDoor | None = None
+) -> EmbeddedServer:
     """nats-server with MoLink's limits; its configuration and log lie in `folder`.
 
     Raises:
         ServerNotFound, ServerDidNotStart
     """
     chosen = port or free_port()
-    command = nats_command(folder, chosen)
+    command = nats_command(folder, chosen, leaf_door)
     return _start("nats", command, f"nats://127.0.0.1:{chosen}", chosen, folder / "nats.log", own_group)
 
 
