@@ -66,6 +66,7 @@ class LinkSender:
         self._last_round_trip_s = 0.0
         self._timeout_doublings = 0
         self._sent_bytes = 0
+        self._delivered_bytes = 0
         self._written_off_bytes = 0
 
     def offer(self, parcel: Parcel, now_s: float) -> None:
@@ -99,9 +100,11 @@ class LinkSender:
         if not taken:
             return
         acknowledged = taken[-1]
+        total_bytes = sum(entry.size_bytes for entry in taken)
+        self._delivered_bytes += total_bytes
         self.estimator.on_delivery(
             size_bytes=acknowledged.size_bytes,
-            earlier_bytes=sum(entry.size_bytes for entry in taken) - acknowledged.size_bytes,
+            earlier_bytes=total_bytes - acknowledged.size_bytes,
             sent_s=acknowledged.sent_s,
             received_us=received_us,
             now_s=now_s,
@@ -114,11 +117,11 @@ class LinkSender:
         base = self.estimator.base
         if self._scheduling is Scheduling.ADAPTIVE and base is not None:
             self._window.on_ack(
-                size_bytes=acknowledged.size_bytes,
-                sent_s=acknowledged.sent_s,
+                piece=acknowledged,
                 now_s=now_s,
                 base=base,
                 rate_bytes_per_s=self.estimator.rate_bytes_per_s,
+                delivered_bytes=self._delivered_bytes,
             )
 
     def on_cut_off(self) -> tuple[int, ...]:

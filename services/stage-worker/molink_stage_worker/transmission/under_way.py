@@ -18,6 +18,8 @@ class InFlight:
     end: int
     size_bytes: int
     sent_s: float
+    under_way_bytes: int
+    """Of the class when it was sent, with it."""
     number: int
 
 
@@ -34,11 +36,11 @@ class UnderWay:
 
     def add(self, *, step: int, end: int, size_bytes: int, sent_s: float) -> None:
         """`end` is where the message ends in its frame."""
-        entry = InFlight(step, end, size_bytes, sent_s, self._next_number)
+        self.bytes += size_bytes
+        entry = InFlight(step, end, size_bytes, sent_s, self.bytes, self._next_number)
         self._next_number += 1
         self._entries.append(entry)
         self._by_place[step, end] = entry
-        self.bytes += size_bytes
         if len(self._entries) > _MAX_ENTRIES:
             self._settle()
 

@@ -2,32 +2,50 @@
 
 The window is adapted to the measured delay, as TCP Vegas and FAST TCP do (Wei, Jin, Low, Hegde, "FAST TCP:
 Motivation, Architecture, Algorithms, Performance", 2006) and with a fixed target for the queue as in LEDBAT
-(RFC 6817): once a round, ``window *= (base + target) / (base + standing)``, smoothed. The *standing* queue is the
-least of the last rounds' delays, as in CoDel (RFC 8289): what other traffic puts on the link in bursts does not
-stand. It begins as slow start does, and ends that once delay shows (HyStart, RFC 9406).
+(RFC 6817): once a round, the window moves towards ``under_way * (base + target) / (base + standing)``, where
+`under_way` is what was on the link when the delay was met. The *standing* queue is the least delay of a while, as in
+CoDel (RFC 8289): what other traffic puts on the link in bursts does not stand. Where the link is known to carry more
+than it carries now, what is missing is added.
 
-The base delay is the least of the last seconds. Bulk that never pauses hides it, so every ten seconds the window is
-halved for one round, until the delay without a queue shows (as BBR's ProbeRTT).
+It begins as slow start does, and ends that once delay shows (HyStart, RFC 9406). The base delay is the least of the
+last seconds. Bulk that never pauses hides it, so every ten seconds the window is halved for one round, until the
+delay without a queue shows (as BBR's ProbeRTT).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from molink_stage_worker.transmission.link_estimator import LeastDelay
+from molink_stage_worker.transmission.under_way import InFlight
 from molink_stage_worker.transmission.values import SenderSettings
 
 _LEAST_ROUND_S = 0.050
-_GAIN = 0.4
+_STANDING_S = 0.100
+"""The standing queue is the least delay of so long, and of a round at least."""
+_GAIN = 0.5
+_SPARE_SHARE = 0.1
+"""Of the rate: less than that unused is within the noise."""
 _HIGH_SAMPLES = 8
 """So many high delays one after the other, for a quarter of a round trip, end slow start."""
 _HIGH_SHARE, _MOST_HIGH_S = 1 / 8, 0.016
 """What is high: half the target, or on long ways this share of the way, if that is more (RFC 9406, 4.2)."""
 _KNOWN_RATE_GROWTH = 3.0
 """Slow start below what the measured rate fills: four times a round instead of twice."""
-_IDLE_QUEUE_ROUNDS = 2
-"""After so many full rounds with hardly a queue the link must have become faster: slow start again."""
 _BASE_AGE_S = 10.0
 _BASE_TOLERANCE = 1.02
 _BASE_TOLERANCE_S = 0.0005
+
+
+@dataclass(slots=True)
+class _Round:
+    """What was seen since the window was last changed."""
+
+    began_s: float
+    delivered_bytes: int
+    least_delay_s: float = float("inf")
+    under_way_bytes: int = 0
+    """On the link when the piece with the least delay was sent."""
 
 
 class AdaptiveWindow:
@@ -46,10 +64,9 @@ class AdaptiveWindow:
         self._is_draining = False
         self._high_samples = 0
         self._least_high_s = self._high_since_s = 0.0
-        self._idle_queue_rounds = 0
         self._was_full = False
-        self._round_began_s: float | None = None
-        self._least_now_s = self._least_before_s = float("inf")
+        self._round: _Round | None = None
+        self._before: _Round | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -66,23 +83,27 @@ class AdaptiveWindow:
         self._was_full = True
 
     def on_ack(
-        self, *, size_bytes: int, sent_s: float, now_s: float, base: LeastDelay, rate_bytes_per_s: float | None
+        self, *, piece: InFlight, now_s: float, base: LeastDelay, rate_bytes_per_s: float | None, delivered_bytes: int
     ) -> None:
-        """A piece that was sent at `sent_s` is acknowledged."""
-        delay_s = now_s - sent_s - base.seconds
-        if self._base_seen_s is None or now_s - sent_s <= base.seconds * _BASE_TOLERANCE + _BASE_TOLERANCE_S:
+        """A piece is acknowledged. `delivered_bytes` counts what the link has delivered, of both classes."""
+        round_trip_s = now_s - piece.sent_s
+        if self._base_seen_s is None or round_trip_s <= base.seconds * _BASE_TOLERANCE + _BASE_TOLERANCE_S:
             self._base_seen_s = now_s
+        delay_s = round_trip_s - base.seconds
         if rate_bytes_per_s is not None:
-            delay_s -= (size_bytes - base.size_bytes) / rate_bytes_per_s
+            delay_s -= (piece.size_bytes - base.size_bytes) / rate_bytes_per_s
         delay_s = max(0.0, delay_s)
-        self._least_now_s = min(self._least_now_s, delay_s)
         if self._in_slow_start:
-            self._grow(size_bytes, delay_s, now_s, base, rate_bytes_per_s)
-        if self._round_began_s is None:
-            self._round_began_s = now_s
-        elif sent_s >= self._round_began_s and now_s - self._round_began_s >= _LEAST_ROUND_S:
-            self._end_round(now_s, base)
-            self._round_began_s = now_s
+            self._grow(piece.size_bytes, delay_s, now_s, base, rate_bytes_per_s)
+        round_ = self._round
+        if round_ is None:
+            round_ = self._round = _Round(now_s, delivered_bytes)
+        # after a pause the first pieces meet no queue: they say nothing about a full window
+        if delay_s < round_.least_delay_s and piece.under_way_bytes >= self._window / 2:
+            round_.least_delay_s, round_.under_way_bytes = delay_s, piece.under_way_bytes
+        if piece.sent_s >= round_.began_s and now_s - round_.began_s >= _LEAST_ROUND_S:
+            self._end_round(round_, now_s, base, rate_bytes_per_s, delivered_bytes)
+            self._before, self._round = round_, _Round(now_s, delivered_bytes)
         self._clamp(base, rate_bytes_per_s)
 
     def _grow(
@@ -103,32 +124,39 @@ class AdaptiveWindow:
             self._in_slow_start = False
             self._high_samples = 0
             self._window *= min(1.0, (base.seconds + target_s) / (base.seconds + self._least_high_s))
-            self._least_now_s = self._least_before_s = float("inf")
+            self._round = self._before = None
 
-    def _end_round(self, now_s: float, base: LeastDelay) -> None:
-        standing_s = min(self._least_now_s, self._least_before_s)
-        self._least_before_s, self._least_now_s = self._least_now_s, float("inf")
+    def _end_round(
+        self, round_: _Round, now_s: float, base: LeastDelay, rate_bytes_per_s: float | None, delivered_bytes: int
+    ) -> None:
         was_full, self._was_full = self._was_full, False
         if self._is_draining:
             self._is_draining = False
             self._base_seen_s = now_s
-            self._least_before_s = float("inf")
             return
-        if standing_s == float("inf"):
+        least = round_
+        round_s = now_s - round_.began_s
+        before = self._before
+        if before is not None and round_s < _STANDING_S and before.least_delay_s < round_.least_delay_s:
+            least = before
+        if least.least_delay_s == float("inf"):
             return
-        self.standing_delay_s = standing_s
+        self.standing_delay_s = standing_s = least.least_delay_s
         if self._in_slow_start:
             return
         target_s = self._settings.decode_delay_s
         ratio = (base.seconds + target_s) / (base.seconds + standing_s)
-        if ratio < 1 or was_full:
-            self._window *= 1 + _GAIN * (max(0.5, min(2.0, ratio)) - 1)
-        self._idle_queue_rounds = self._idle_queue_rounds + 1 if was_full and standing_s < target_s / 4 else 0
-        if self._idle_queue_rounds >= _IDLE_QUEUE_ROUNDS:
-            self._idle_queue_rounds = 0
-            self._in_slow_start = True
-        if was_full and self._base_seen_s is not None and now_s - self._base_seen_s > _BASE_AGE_S:
-            self._is_draining = True
+        if was_full:
+            wanted = least.under_way_bytes * max(0.5, min(2.0, ratio))
+            if rate_bytes_per_s is not None and standing_s < target_s / 2:
+                spare = rate_bytes_per_s * (1 - _SPARE_SHARE) - (delivered_bytes - round_.delivered_bytes) / round_s
+                wanted += max(0.0, spare) * base.seconds
+            gain = 1.0 if standing_s < target_s / 4 and wanted > self._window else _GAIN
+            self._window += gain * (wanted - self._window)
+            if self._base_seen_s is not None and now_s - self._base_seen_s > _BASE_AGE_S:
+                self._is_draining = True
+        elif ratio < 1:
+            self._window *= 1 + _GAIN * (max(0.5, ratio) - 1)
 
     def _clamp(self, base: LeastDelay, rate_bytes_per_s: float | None) -> None:
         settings = self._settings
