@@ -60,7 +60,9 @@ async def bring_up(options: UpOptions, console: Console, progress: Progress) -> 
     cache = cache_folder()
     holder = Holder(pid=os.getpid(), port=options.port, url=options.url)
     with hold(locks_folder(cache), holder), Leash() as leash:
-        _refuse_taken_port(options)
+        _refuse_taken_port(options.host, options.port, "--port")
+        if options.leaf_door is not None:
+            _refuse_taken_port(options.leaf_door.host, options.leaf_door.port, "--leaf-port")
         _refuse_missing_servers(options)
         logs = options.log_folder or new_run_folder(cache, options.port)
         logs.mkdir(parents=True, exist_ok=True)
@@ -91,9 +93,9 @@ async def bring_up(options: UpOptions, console: Console, progress: Progress) -> 
     return 0
 
 
-def _refuse_taken_port(options: UpOptions) -> None:
+def _refuse_taken_port(host: str, port: int, flag: str) -> None:
     try:
-        addresses = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = addresses[0]
         with socket.socket(family, kind, protocol) as probe:
             # as servers do: a port whose last connections are still fading away is free
@@ -101,7 +103,7 @@ def _refuse_taken_port(options: UpOptions) -> None:
             probe.bind(address)
     except OSError as error:
         raise DidNotComeUp(
-            f"port {options.port} on {options.host} cannot be used ({error.strerror or error}); choose another --port"
+            f"port {port} on {host} cannot be used ({error.strerror or error}); choose another {flag}"
         ) from error
 
 
@@ -148,10 +150,12 @@ async def _start_servers(options: UpOptions, supervisor: Supervisor, logs: Path,
     nats_url, redis_url = options.nats_url, options.redis_url
     if nats_url is None:
         port = embedded.free_port()
-        command = embedded.nats_command(logs, port)
+        command = embedded.nats_command(logs, port, options.leaf_door)
         await supervisor.start(Part(name="nats", kind=Kind.NATS, command=command, log=logs / "nats.log", port=port))
         nats_url = f"nats://127.0.0.1:{port}"
         _say_part(console, "nats", f"port {port}")
+        if options.leaf_door is not None:
+            _say_part(console, "sites", f"port {options.leaf_door.port} (molink worker --site NAME --hub …)")
     if redis_url is None:
         port = embedded.free_port()
         command = embedded.redis_command(logs, port)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from molink.nats_config import LeafDoor
 from molink.parts import Kind, Part
 from molink.supervisor import python_command
 
@@ -31,6 +32,8 @@ class UpOptions:
     """For each worker."""
     nats_url: str | None = None
     """An existing server; None: one of our own."""
+    leaf_door: LeafDoor | None = None
+    """Where our own server takes the brokers of other sites; None: nowhere, it serves this machine only."""
     redis_url: str | None = None
     otlp_endpoint: str | None = None
     log_folder: Path | None = None

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from molink.bring_up import Progress, bring_up
 from molink.memory import parse_size
+from molink.nats_config import Credentials, LeafDoor
 from molink.plan import UpOptions
 from molink.run_service import SERVICES, MissingExtra
 from molink_common.errors import MolinkError
@@ -34,6 +35,16 @@ def up(
     workers: Workers = 2,
     model: Annotated[str, typer.Option(help="demo, a folder, a GGUF file, or a hub id.")] = "demo",
     nats: Annotated[str | None, typer.Option(help="Use this NATS server instead of an own one.")] = None,
+    leaf_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Let brokers of other sites join on this port, e.g. 7422.")
+    ] = None,
+    leaf_host: Annotated[str, typer.Option(help="Address for --leaf-port; 0.0.0.0 is all.")] = "0.0.0.0",
+    leaf_user: Annotated[
+        str | None, typer.Option(envvar="MOLINK_NATS_USER", help="What they must give as --nats-user.")
+    ] = None,
+    leaf_password: Annotated[
+        str | None, typer.Option(envvar="MOLINK_NATS_PASSWORD", help="What they must give as --nats-password.")
+    ] = None,
     redis: Annotated[str | None, typer.Option(help="Use this Redis server instead of an own one.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
@@ -66,6 +77,7 @@ def up(
         memory_bytes=None if memory is None else parse_size(memory),
         threads=threads,
         nats_url=nats,
+        leaf_door=None if leaf_port is None else _leaf_door(leaf_host, leaf_port, leaf_user, leaf_password),
         redis_url=redis,
         otlp_endpoint=otlp_endpoint,
         log_folder=log_dir,
@@ -75,12 +87,24 @@ def up(
     )
     if stages is not None and stages > workers:
         raise typer.BadParameter(f"{stages} stages need as many workers; --workers is {workers}")
+    if leaf_port is not None and nats is not None:
+        raise typer.BadParameter("--leaf-port opens our own NATS server; the one given with --nats opens its own doors")
     if dtype != "auto" and dtype not in list(Dtype):
         raise typer.BadParameter(f"--dtype {dtype}: give auto, {', '.join(Dtype)}")
     _refuse_missing_extras()
     # the bus's own warnings belong into a service's log; here the lines of the supervisor say what is wrong
     logging.getLogger().addHandler(logging.NullHandler())
     raise typer.Exit(_run_until_signalled(options, Console(highlight=False, soft_wrap=True)))
+
+
+def _leaf_door(host: str, port: int, user: str | None, password: str | None) -> LeafDoor:
+    if (user is None or password is None) and host not in ("127.0.0.1", "::1", "localhost"):
+        raise typer.BadParameter(
+            "--leaf-port lets others in: give --leaf-user and --leaf-password, or MOLINK_NATS_USER and "
+            "MOLINK_NATS_PASSWORD"
+        )
+    credentials = None if user is None or password is None else Credentials(user=user, password=password)
+    return LeafDoor(host=host, port=port, credentials=credentials)
 
 
 def _refuse_missing_extras() -> None:
