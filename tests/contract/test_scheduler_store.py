@@ -44,7 +44,6 @@ def layout_of(epoch: int) -> PipelineRecord:
         dtype=Dtype.BFLOAT16,
         num_blocks=10,
         block_size=16,
-        max_steps_under_way=2,
         stages=(StageRecord(worker="w1", first_layer=0, last_layer=4),),
     )
 

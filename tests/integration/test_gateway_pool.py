@@ -136,7 +136,6 @@ class FakePool:
             dtype=Dtype.FLOAT32,
             num_blocks=8,
             block_size=16,
-            max_steps_under_way=2,
             stages=("lost", "w1"),
             layers=((0, 1), (1, 2)),
         )

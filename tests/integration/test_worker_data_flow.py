@@ -19,7 +19,9 @@ from molink_common.messages import (
     FetchFile,
     FileChunk,
     FinishReason,
+    PipelinePolicy,
     ReleaseStage,
+    Scheduling,
     SequencesHeld,
     StagePhase,
     StartSequence,
@@ -28,6 +30,8 @@ from molink_common.messages import (
 from molink_common.sampling import SamplingOptions
 from molink_common.telemetry import AttributeValue, Telemetry
 from molink_common.wire import Entry, StepFrame, encode_frame
+from molink_stage_worker.batch_plan import BatchPlan
+from molink_stage_worker.planning.planner import Planner
 from tests.integration.counting_engine import BLOCK, HIDDEN, CountingEngine, CountingModel, expected_text
 from tests.integration.worker_pool import Pool, open_pool
 
@@ -45,6 +49,46 @@ def engine_of(pool: Pool, worker: str) -> CountingEngine:
     engine = pool.engines[worker]
     assert isinstance(engine, CountingEngine)
     return engine
+
+
+@pytest.fixture
+def prompts_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if every link were slow: short chunks in steps of their own, several of each class under way."""
+    plan = BatchPlan(micro_batches=3, chunk_tokens=5, chunks_under_way=3, separate_prefill=True)
+    monkeypatch.setattr(Planner, "plan", lambda *_: plan)
+
+
+@pytest.mark.usefixtures("prompts_apart")
+async def test_decode_and_prompts_in_steps_of_their_own_give_the_same_tokens(pool: Pool) -> None:
+    async with pool.workers(3) as names:
+        await pool.form(names, num_blocks=40)
+        prompts = [[number + 1] * (3 + 13 * number) for number in range(6)]
+        sequences = [await pool.start(names[0], prompt, 25) for prompt in prompts]
+        await pool.until(lambda: all(sequence in pool.finishes for sequence in sequences))
+        assert [pool.tokens[one] for one in sequences] == [expected_text(prompt, 25) for prompt in prompts]
+        await pool.until_idle(names[0], 40)
+        assert all(not engine_of(pool, name).known for name in names)
+        head, middle = (pool.beats[name].stage for name in names[:2])
+        assert head is not None
+        assert head.head is not None
+        assert len(head.head.costs) == 3, "the timings of all stages come back to the head"
+        assert head.link is not None
+        assert head.link.round_trip_s is not None
+        assert middle is not None
+        assert middle.link is not None
+        assert middle.link.sent_bytes > 0
+
+
+@pytest.mark.parametrize("scheduling", [Scheduling.PLAIN, Scheduling.PUBLISHED])
+async def test_the_baselines_give_the_same_tokens(pool: Pool, scheduling: Scheduling) -> None:
+    pool.policy = PipelinePolicy(scheduling=scheduling)
+    async with pool.workers(2) as names:
+        await pool.form(names)
+        prompts = [[number + 1] * (3 + 13 * number) for number in range(4)]
+        sequences = [await pool.start(names[0], prompt, 12) for prompt in prompts]
+        await pool.until(lambda: all(sequence in pool.finishes for sequence in sequences))
+        assert [pool.tokens[one] for one in sequences] == [expected_text(prompt, 12) for prompt in prompts]
+        await pool.until_idle(names[0])
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3])

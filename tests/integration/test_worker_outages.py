@@ -8,6 +8,7 @@ import pytest
 
 from molink.embedded import EmbeddedServer, start_nats
 from molink_common.bus import BusSettings, NatsBus, open_bus
+from molink_common.wire import Traffic
 from tests.integration.counting_engine import BLOCK, CountingEngine, CountingModel, expected_text
 from tests.integration.worker_pool import open_pool
 
@@ -49,9 +50,9 @@ async def test_a_stage_that_was_cut_off_alone_tells_the_head(bus: NatsBus, nats_
         await pool.until(lambda: len(pool.tokens.get(one, ())) > 5)
         assert tail._slot is not None
         assert tail._slot.runner is not None
-        tail._slot.runner._fence._last_step = 10**9  # it is deaf: every frame counts as seen
+        tail._slot.runner._fence._last_steps[Traffic.DECODE] = 10**9  # it is deaf: every frame counts as seen
         await pool.until(lambda: (stage := pool.beats[names[1]].stage) is not None and stage.frames_dropped > 0)
-        tail._slot.runner._fence._last_step = 0
+        tail._slot.runner._fence._last_steps[Traffic.DECODE] = 0
         tail.on_reconnect()
         await pool.until(lambda: one in pool.finishes)
         assert pool.tokens[one] == expected_text([1, 5], 300)

@@ -20,6 +20,7 @@ from molink_common.messages import (
     Heartbeat,
     JoinPool,
     Message,
+    PipelinePolicy,
     SequencesHeld,
     StagePhase,
     StartSequence,
@@ -58,6 +59,7 @@ class Pool:
     failed: set[str] = field(default_factory=set)
     heard: asyncio.Condition = field(default_factory=asyncio.Condition)
     load_problem: Exception | None = None
+    policy: PipelinePolicy = field(default_factory=PipelinePolicy)
 
     async def on_beat(self, message: Message) -> None:
         assert isinstance(message, Heartbeat)
@@ -102,9 +104,13 @@ class Pool:
             for one in workers:
                 one.on_reconnect()
 
-        async with open_bus(BusSettings(url=self.url), name=name, on_reconnect=on_reconnect) as bus:
+        async with (
+            open_bus(BusSettings(url=self.url), name=name, on_reconnect=on_reconnect) as bus,
+            open_bus(BusSettings(url=self.url), name=f"{name}-bulk", on_reconnect=on_reconnect) as bulk_bus,
+        ):
             worker = Worker(
                 bus=bus,
+                bulk_bus=bulk_bus,
                 settings=SlotSettings(worker=name, device="cpu", threads=1, step_tokens=step_tokens, max_running=64),
                 site="here",
                 hardware=Hardware(
@@ -145,7 +151,7 @@ class Pool:
             dtype=Dtype.FLOAT32,
             num_blocks=num_blocks,
             block_size=self.block_size,
-            max_steps_under_way=num_stages,
+            policy=self.policy,
         )
 
     async def form(self, workers: Sequence[str], *, epoch: int = 1, num_blocks: int = 64) -> None:

@@ -11,12 +11,14 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from molink_common.errors import CapacityError
 from molink_common.identity import sequence_id
-from molink_common.messages import FinishReason, StartSequence, StepTokens, TokenEvent
+from molink_common.messages import Dtype, FinishReason, StartSequence, StepTokens, TokenEvent
 from molink_common.sampling import SamplingOptions
-from molink_common.wire import Logits
-from molink_stage_worker.batch_plan import BatchLimits, StepPlan
+from molink_common.wire import Logits, StepFrame, Traffic
+from molink_stage_worker.batch_plan import BatchLimits, BatchPlan, StepPlan
 from molink_stage_worker.batching import Batcher
+from molink_stage_worker.fence import Fence
 from molink_stage_worker.kv_blocks import BlockAllocator
+from molink_stage_worker.lives import Lives
 
 
 def make_start(number: int, prompt: int, new: int, generated: tuple[int, ...] = ()) -> StartSequence:
@@ -39,21 +41,31 @@ class Stages:
 
     def __init__(self, limits: BatchLimits) -> None:
         self.limits = limits
+        self.fence = Fence(pipeline=1, epoch=1)
+        self.lives = Lives()
         self.tables: dict[int, list[int]] = {}
         self.lengths: dict[int, int] = {}
         self.generated: dict[str, int] = {}
         self.most: dict[str, int] = {}
 
     def run(self, plan: StepPlan) -> StepTokens:
-        for name in plan.closes:
+        frame = StepFrame(
+            pipeline=1, epoch=1, step=plan.step, entries=plan.entries, extra=b"", hidden_size=1, dtype=Dtype.FLOAT32,
+            hidden=memoryview(b""), traffic=plan.traffic,
+        )  # fmt: skip
+        assert self.fence.check(frame) is None
+        hole = self.fence.enter(plan.step, plan.entries, plan.closes)
+        for name in self.lives.close(plan.closes):
             self.tables.pop(int(name, 16), None)
             self.lengths.pop(int(name, 16), None)
             self.generated.pop(name, None)
         for opening in plan.opens:
             self.generated[opening.sequence] = len(opening.generated)
             self.most[opening.sequence] = opening.options.max_tokens
+        entries = () if hole else plan.entries
+        self.lives.open(entries, plan.step)
         events = []
-        for entry in plan.entries:
+        for entry in entries:
             if entry.opens:
                 self.tables[entry.sequence] = []
                 self.lengths[entry.sequence] = 0
@@ -74,18 +86,29 @@ class Stages:
         return StepTokens(pipeline=1, epoch=1, step=plan.step, events=tuple(events))
 
 
-class BatchingMachine(RuleBasedStateMachine):
-    """Adds, stops, results late, results lost; blocks are scarce, so preemption is common."""
+PLANS = st.builds(
+    BatchPlan,
+    micro_batches=st.integers(1, 3),
+    chunk_tokens=st.integers(1, 9),
+    chunks_under_way=st.integers(1, 3),
+    separate_prefill=st.booleans(),
+)
 
-    limits = BatchLimits(
-        num_blocks=10, block_size=3, step_tokens=7, max_running=4, max_waiting=20, max_steps_under_way=3
-    )
+
+class BatchingMachine(RuleBasedStateMachine):
+    """Adds, stops, plans that change, classes that overtake each other, results late, results lost, frames that
+    arrive after they were given up; blocks are scarce, so preemption is common."""
+
+    limits = BatchLimits(num_blocks=10, block_size=3, step_tokens=7, max_running=4, max_waiting=20)
 
     def __init__(self) -> None:
         super().__init__()
-        self.batcher = Batcher(self.limits)
+        plan = BatchPlan(micro_batches=3, chunk_tokens=7, chunks_under_way=2, separate_prefill=False)
+        self.batcher = Batcher(self.limits, plan)
         self.stages = Stages(self.limits)
-        self.under_way: deque[StepPlan] = deque()
+        self.under_way: dict[Traffic, deque[StepPlan]] = {traffic: deque() for traffic in Traffic}
+        self.given_up: set[int] = set()
+        """Steps that the head takes for lost, though they will arrive."""
         self.live: dict[str, tuple[int, int]] = {}
         self.heard: dict[str, int] = {}
         self.added = 0
@@ -113,40 +136,59 @@ class BatchingMachine(RuleBasedStateMachine):
         assert not self.batcher.stop(name)
         del self.live[name]
 
+    @rule(plan=PLANS)
+    def plan_anew(self, plan: BatchPlan) -> None:
+        self.batcher.plan = plan
+
     @rule()
     def step(self) -> None:
-        before = len(self.under_way)
+        counts = {traffic: self.alive(traffic) for traffic in Traffic}
         plan = self.batcher.next_step()
         self.give_up()
         if plan is None:
             return
-        assert before < self.limits.max_steps_under_way
+        if plan.entries:
+            most = self.batcher.plan.micro_batches
+            if plan.traffic is Traffic.BULK:
+                assert self.batcher.plan.separate_prefill
+                most = self.batcher.plan.chunks_under_way
+            assert counts[plan.traffic] < most
         assert sum(entry.count for entry in plan.entries) == len(plan.token_ids) <= self.limits.step_tokens
         assert len({entry.sequence for entry in plan.entries}) == len(plan.entries)
-        assert plan.entries or plan.closes
-        self.under_way.append(plan)
+        self.under_way[plan.traffic].append(plan)
 
-    @precondition(lambda self: self.under_way)
-    @rule()
-    def result(self) -> None:
-        tokens = self.stages.run(self.under_way.popleft())
+    @rule(traffic=st.sampled_from(Traffic))
+    def result(self, traffic: Traffic) -> None:
+        if not self.under_way[traffic]:
+            return
+        plan = self.under_way[traffic].popleft()
+        tokens = self.stages.run(plan)
         for event in tokens.events:
             if event.sequence in self.live and event.index == self.heard[event.sequence]:
+                assert event.token == token_of(int(event.sequence, 16), event.index)
+                if plan.step in self.given_up:
+                    continue  # the scheduler hears of it; here only the head's own books are of interest
                 self.heard[event.sequence] += 1
                 if event.finish is not None:
                     del self.live[event.sequence]
         self.batcher.on_tokens(tokens)
         self.give_up()
 
-    @precondition(lambda self: self.under_way)
-    @rule(arrived=st.integers(0, 3))
-    def all_is_lost(self, arrived: int) -> None:
-        """Some frames reached the stages and their tokens were not heard of; the others were lost before."""
-        for plan in list(self.under_way)[:arrived]:
-            self.stages.run(plan)
-        self.under_way.clear()
+    @rule(arrive=st.lists(st.booleans(), max_size=8))
+    def all_is_lost(self, arrive: list[bool]) -> None:
+        """The head gives everything up. Some frames never arrive; others do, sooner or later."""
+        for traffic in Traffic:
+            kept: deque[StepPlan] = deque()
+            for index, plan in enumerate(self.under_way[traffic]):
+                if index < len(arrive) and arrive[index]:
+                    self.given_up.add(plan.step)
+                    kept.append(plan)
+            self.under_way[traffic] = kept
         self.batcher.on_all_lost()
         self.give_up()
+
+    def alive(self, traffic: Traffic) -> int:
+        return sum(plan.step not in self.given_up for plan in self.under_way[traffic])
 
     def give_up(self) -> None:
         for name in self.batcher.take_failed():
@@ -158,16 +200,20 @@ class BatchingMachine(RuleBasedStateMachine):
         assert set(self.batcher.sequences) == set(self.live)
         report = self.batcher.report()
         assert report.running + report.waiting == len(self.live)
-        assert report.steps_under_way == len(self.under_way)
+        assert report.steps_under_way == sum(self.alive(traffic) for traffic in Traffic)
 
     def teardown(self) -> None:
         """From wherever it stands, everything ends and nothing is left."""
         for _ in range(3000):
             self.step()
-            if self.under_way:
-                self.result()
+            if any(self.under_way.values()):
+                for traffic in Traffic:
+                    self.result(traffic)
             elif not self.live:
                 break
+        self.step()  # what the last result made room for
+        for traffic in Traffic:
+            self.result(traffic)
         self.books_agree()
         assert not self.live, "a sequence was starved"
         assert self.batcher.report().free_blocks == self.limits.num_blocks
@@ -206,17 +252,25 @@ def test_the_allocator_never_loses_or_doubles_a_block(moves: list[tuple[int, int
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 20)), min_size=1, max_size=30), st.integers(1, 4))
-def test_without_trouble_every_sequence_gets_all_its_tokens(wishes: list[tuple[int, int]], under_way: int) -> None:
-    limits = BatchLimits(num_blocks=64, block_size=4, step_tokens=16, max_running=8, max_steps_under_way=under_way)
-    batcher, stages = Batcher(limits), Stages(limits)
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 20)), min_size=1, max_size=30),
+    st.integers(1, 4),
+    st.integers(1, 20),
+    st.booleans(),
+)
+def test_without_trouble_every_sequence_gets_all_its_tokens(
+    wishes: list[tuple[int, int]], under_way: int, chunk: int, separate: bool
+) -> None:
+    limits = BatchLimits(num_blocks=64, block_size=4, step_tokens=16, max_running=8)
+    plan = BatchPlan(micro_batches=under_way, chunk_tokens=chunk, chunks_under_way=2, separate_prefill=separate)
+    batcher, stages = Batcher(limits, plan), Stages(limits)
     for number, (prompt, new) in enumerate(wishes):
         batcher.add(make_start(number, prompt, new))
     pending: deque[StepTokens] = deque()
     got: dict[str, list[int]] = {}
     for _ in range(sum(prompt + new for prompt, new in wishes) * 3 + 10):
-        if (plan := batcher.next_step()) is not None:
-            pending.append(stages.run(plan))
+        if (step := batcher.next_step()) is not None:
+            pending.append(stages.run(step))
         elif pending:
             tokens = pending.popleft()
             for event in tokens.events:

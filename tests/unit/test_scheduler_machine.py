@@ -77,7 +77,6 @@ def layout_of(epoch: int, *workers: str) -> PipelineRecord:
         dtype=Dtype.FLOAT32,
         num_blocks=8192 if len(workers) == 2 else 4096,
         block_size=16,
-        max_steps_under_way=len(workers),
         stages=tuple(
             StageRecord(worker=w, first_layer=a, last_layer=b) for w, (a, b) in zip(workers, HALVES, strict=True)
         ),
@@ -96,7 +95,6 @@ def assign(epoch: int, worker: str, index: int, num_blocks: int) -> AssignStageT
         dtype=Dtype.FLOAT32,
         num_blocks=num_blocks,
         block_size=16,
-        max_steps_under_way=2,
     )
     return AssignStageTo(worker, stage)
 

@@ -8,8 +8,8 @@ from molink_common.errors import CapacityError
 from molink_common.identity import sequence_id
 from molink_common.messages import FinishReason, StartSequence, StepTokens, TokenEvent
 from molink_common.sampling import SamplingOptions
-from molink_common.wire import Logits
-from molink_stage_worker.batch_plan import BatchLimits, StepPlan
+from molink_common.wire import Logits, Traffic
+from molink_stage_worker.batch_plan import BatchLimits, BatchPlan, StepPlan
 from molink_stage_worker.batching import MAX_RESTARTS_AFTER_LOSS, Batcher
 from molink_stage_worker.kv_blocks import BlockAllocator
 from molink_stage_worker.stage_slot import tokens_in_a_frame
@@ -17,8 +17,11 @@ from molink_stage_worker.stage_slot import tokens_in_a_frame
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
-def batcher(**limits: int) -> Batcher:
-    return Batcher(BatchLimits(**{"num_blocks": 100, "block_size": 4, "step_tokens": 16, **limits}))
+def batcher(*, micro_batches: int = 1, separate: bool = False, chunk_tokens: int = 10**6, **limits: int) -> Batcher:
+    plan = BatchPlan(
+        micro_batches=micro_batches, chunk_tokens=chunk_tokens, chunks_under_way=2, separate_prefill=separate
+    )
+    return Batcher(BatchLimits(**{"num_blocks": 100, "block_size": 4, "step_tokens": 16, **limits}), plan)
 
 
 def start(number: int, prompt: int, new: int = 50, trace: str | None = None) -> StartSequence:
@@ -55,7 +58,7 @@ def shape(plan: StepPlan) -> list[tuple[int, int, int, Logits]]:
 
 
 def test_a_long_prompt_goes_in_chunks_that_follow_each_other_without_waiting() -> None:
-    head = batcher(max_steps_under_way=3)
+    head = batcher(micro_batches=3)
     head.add(start(1, prompt=40))
     plans = [plan_of(head) for _ in range(3)]
     assert [shape(plan) for plan in plans] == [
@@ -69,7 +72,7 @@ def test_a_long_prompt_goes_in_chunks_that_follow_each_other_without_waiting() -
 
 
 def test_a_decode_token_waits_for_the_one_before_it() -> None:
-    head = batcher(max_steps_under_way=4)
+    head = batcher(micro_batches=4)
     head.add(start(1, prompt=3))
     first = plan_of(head)
     assert head.next_step() is None
@@ -89,7 +92,7 @@ def test_decode_tokens_come_before_chunks_of_prompts() -> None:
 
 
 def test_decode_sequences_are_shared_out_among_the_steps_under_way() -> None:
-    head, indices = batcher(max_steps_under_way=3), dict[int, int]()
+    head, indices = batcher(micro_batches=3), dict[int, int]()
     for number in range(7):
         head.add(start(number, prompt=2))
     head.on_tokens(result(plan_of(head), indices))
@@ -118,13 +121,13 @@ def test_a_finished_sequence_is_closed_by_the_next_step_and_its_blocks_serve_at_
     assert [entry.sequence for entry in first.entries] == [1]
     head.on_tokens(result(first, {}, FinishReason.STOP))
     second = plan_of(head)
-    assert second.closes == (sequence_id(1),)
+    assert tuple(second.closes) == (sequence_id(1),)
     assert second.entries[0].sequence == 2
     assert set(second.entries[0].new_blocks) == {0, 1}
 
 
 def test_closes_travel_alone_only_when_nothing_else_is_under_way() -> None:
-    head, indices = batcher(max_steps_under_way=3), dict[int, int]()
+    head, indices = batcher(micro_batches=3), dict[int, int]()
     head.add(start(1, prompt=2))
     head.add(start(2, prompt=2))
     head.on_tokens(result(plan_of(head), indices))
@@ -176,20 +179,22 @@ def test_who_gives_way_is_taken_out_of_the_step_that_is_being_made() -> None:
     head._running[sequence_id(1)] = head._running.pop(sequence_id(1))
     plan = plan_of(head)
     assert shape(plan) == [(1, 8, 1, Logits.LAST)]
-    assert plan.closes == (sequence_id(2),)
+    assert tuple(plan.closes) == (sequence_id(2),)
     assert indices == {1: 1, 2: 1}
 
 
 def test_who_gave_way_starts_anew_only_when_its_last_step_is_back() -> None:
-    head, indices = one_old_one_new(max_steps_under_way=3)
+    head, indices = one_old_one_new(micro_batches=3)
     head._running[sequence_id(1)] = head._running.pop(sequence_id(1))
     newer = plan_of(head)
     assert shape(newer) == [(2, 4, 1, Logits.LAST)]
+    assert head.next_step() is None, "the block that the older needs may still be written to"
+    assert head.report().preemptions == 1
+    head.on_tokens(result(newer, indices))
     older = plan_of(head)
     assert shape(older) == [(1, 8, 1, Logits.LAST)]
     head.stop(sequence_id(1))
-    assert head.next_step() is None
-    head.on_tokens(result(newer, indices))
+    head.on_tokens(result(older, indices))
     again = plan_of(head)
     assert shape(again) == [(2, 0, 6, Logits.LAST)]
     assert again.opens[0].generated == (7, 7)
@@ -199,9 +204,9 @@ def test_what_a_lost_step_closed_is_closed_again() -> None:
     head = batcher()
     head.add(start(1, prompt=2))
     head.on_tokens(result(plan_of(head), {}, FinishReason.STOP))
-    assert plan_of(head).closes == (sequence_id(1),)
+    assert tuple(plan_of(head).closes) == (sequence_id(1),)
     head.on_all_lost()
-    assert plan_of(head).closes == (sequence_id(1),)
+    assert tuple(plan_of(head).closes) == (sequence_id(1),)
 
 
 def test_a_sequence_is_refused_when_it_can_never_fit_and_when_the_queue_is_full() -> None:
@@ -220,13 +225,13 @@ def test_a_sequence_that_outgrows_the_whole_memory_is_given_up() -> None:
     head.add(start(1, prompt=8))
     head.on_tokens(result(plan_of(head), indices))
     plan = plan_of(head)
-    assert (plan.entries, plan.closes) == ((), (sequence_id(1),))
+    assert (plan.entries, tuple(plan.closes)) == ((), (sequence_id(1),))
     assert head.take_failed() == (sequence_id(1),)
     assert head.take_failed() == ()
 
 
 def test_a_later_result_means_that_the_steps_before_it_are_lost() -> None:
-    head = batcher(max_steps_under_way=2)
+    head = batcher(micro_batches=2)
     head.add(start(1, prompt=5))
     first = plan_of(head)
     head.add(start(2, prompt=5))
@@ -234,7 +239,7 @@ def test_a_later_result_means_that_the_steps_before_it_are_lost() -> None:
     head.on_tokens(result(second, {}))
     again = plan_of(head)
     assert shape(again)[-1] == (1, 0, 5, Logits.LAST)
-    assert again.closes == (sequence_id(1),)
+    assert tuple(again.closes) == (sequence_id(1),)
     head.on_tokens(result(first, {}))  # it comes after all: too late to count
     head.check_invariants()
     assert head.report().steps_under_way == 1
@@ -257,21 +262,89 @@ def test_a_sequence_whose_logits_were_not_finite_is_gone() -> None:
     plan = plan_of(head)
     head.on_tokens(StepTokens(pipeline=1, epoch=1, step=plan.step, failed=(sequence_id(1),)))
     assert head.sequences == ()
-    assert plan_of(head).closes == (sequence_id(1),)
+    assert tuple(plan_of(head).closes) == (sequence_id(1),)
     assert head.take_failed() == ()
 
 
 def test_a_result_of_a_stopped_sequence_does_not_reach_another_of_the_same_id() -> None:
-    head = batcher(max_steps_under_way=2)
+    head = batcher(micro_batches=2)
     head.add(start(1, prompt=5))
     old = plan_of(head)
     head.stop(sequence_id(1))
     head.add(start(1, prompt=6))
-    new = plan_of(head)
-    assert new.closes == (sequence_id(1),)
+    assert head.next_step() is None
     head.on_tokens(result(old, {}))
+    new = plan_of(head)
+    assert tuple(new.closes) == (sequence_id(1),)
     head.on_tokens(result(new, {}))
     assert shape(plan_of(head)) == [(1, 6, 1, Logits.LAST)]
+
+
+def test_prompts_go_in_steps_of_their_own_and_decode_goes_first() -> None:
+    head, indices = batcher(micro_batches=2, separate=True, chunk_tokens=8), dict[int, int]()
+    for number in (1, 2):
+        head.add(start(number, prompt=3))
+    first = plan_of(head)
+    assert (first.traffic, [entry.count for entry in first.entries]) == (Traffic.BULK, [3, 3])
+    head.on_tokens(result(first, indices))
+    head.add(start(3, prompt=20))
+    plans = [plan_of(head) for _ in range(4)]
+    assert [plan.traffic.name for plan in plans] == ["DECODE", "DECODE", "BULK", "BULK"]
+    assert [shape(plan)[0][:3] for plan in plans] == [(1, 3, 1), (2, 3, 1), (3, 0, 8), (3, 8, 8)]
+    assert head.next_step() is None
+
+
+def test_a_chunk_gets_its_turn_however_much_there_is_to_decode() -> None:
+    head, indices = batcher(micro_batches=1, separate=True, chunk_tokens=4), dict[int, int]()
+    head.add(start(1, prompt=3))
+    head.on_tokens(result(plan_of(head), indices))
+    head.add(start(2, prompt=12))
+    kinds = []
+    for _ in range(6):
+        plan = plan_of(head)
+        kinds.append(plan.traffic.name)
+        head.on_tokens(result(plan, indices))
+    assert kinds == ["DECODE", "BULK", "DECODE", "BULK", "DECODE", "BULK"]
+
+
+def test_a_step_of_one_class_says_nothing_about_those_of_the_other() -> None:
+    head, indices = batcher(micro_batches=2, separate=True, chunk_tokens=4), dict[int, int]()
+    head.add(start(1, prompt=3))
+    head.on_tokens(result(plan_of(head), indices))
+    head.add(start(2, prompt=8))
+    decode, chunk = plan_of(head), plan_of(head)
+    assert (decode.traffic, chunk.traffic) == (Traffic.DECODE, Traffic.BULK)
+    later = plan_of(head)
+    assert later.traffic is Traffic.BULK
+    head.on_tokens(result(decode, indices))
+    assert plan_of(head).traffic is Traffic.DECODE
+    assert head.report().steps_under_way == 3, "the chunks are still under way"
+
+
+def test_blocks_are_free_only_when_no_frame_that_names_them_can_be_on_its_way() -> None:
+    head = batcher(separate=True, chunk_tokens=8, num_blocks=4)
+    head.add(start(1, prompt=16))
+    first, second = plan_of(head), plan_of(head)
+    head.stop(sequence_id(1))
+    assert head.report().free_blocks == 0
+    head.on_tokens(result(first, {}))
+    assert head.report().free_blocks == 0
+    head.on_tokens(StepTokens(pipeline=1, epoch=1, step=second.step))
+    assert head.report().free_blocks == 4
+
+
+def test_a_sequence_whose_steps_were_lost_waits_until_they_cannot_arrive_any_more() -> None:
+    head = batcher(separate=True, chunk_tokens=8)
+    head.add(start(1, prompt=8))
+    plan_of(head)
+    head.on_all_lost()
+    proof = plan_of(head)
+    assert (proof.traffic, proof.entries) == (Traffic.BULK, ())
+    assert head.next_step() is None
+    head.on_tokens(StepTokens(pipeline=1, epoch=1, step=proof.step))
+    again = plan_of(head)
+    assert shape(again) == [(1, 0, 8, Logits.LAST)]
+    assert again.closes == {sequence_id(1): 1}
 
 
 def test_few_prompts_open_in_one_step_if_they_are_long() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from molink_common.identity import sequence_id
 from molink_common.messages import Dtype
-from molink_common.wire import Entry, StepFrame
+from molink_common.wire import Entry, StepFrame, Traffic
 from molink_stage_worker.fence import Drop, Fence
 
 
@@ -38,26 +41,44 @@ def test_only_newer_frames_of_this_pipeline_and_epoch_count() -> None:
 
 def test_a_hole_makes_a_hole_of_everything_after_it() -> None:
     fence = Fence(pipeline=1, epoch=3)
-    assert fence.enter([entry(0, 4, opens=True), entry(0, 2, opens=True, sequence=8)], []) is None
-    assert fence.enter([entry(5, 4)], []) is Drop.HOLE
-    assert fence.enter([entry(4, 1)], []) is Drop.HOLE
-    assert fence.enter([entry(2, 1, sequence=8)], []) is None
-    assert fence.enter([entry(0, 4, opens=True)], []) is None
-    assert fence.enter([entry(4, 1)], []) is None
+    assert fence.enter(1, [entry(0, 4, opens=True), entry(0, 2, opens=True, sequence=8)], {}) is None
+    assert fence.enter(1, [entry(5, 4)], {}) is Drop.HOLE
+    assert fence.enter(1, [entry(4, 1)], {}) is Drop.HOLE
+    assert fence.enter(1, [entry(2, 1, sequence=8)], {}) is None
+    assert fence.enter(1, [entry(0, 4, opens=True)], {}) is None
+    assert fence.enter(1, [entry(4, 1)], {}) is None
     assert fence.dropped.total() == 2
 
 
 def test_tokens_may_be_written_again_but_not_after_a_close() -> None:
     fence = Fence(pipeline=1, epoch=3)
-    fence.enter([entry(0, 4, opens=True)], [])
-    assert fence.enter([entry(2, 1)], []) is None
-    assert fence.enter([entry(4, 1)], []) is Drop.HOLE  # it went back to 3
-    fence.enter([entry(0, 4, opens=True)], [])
-    assert fence.enter([entry(4, 1)], [7]) is Drop.HOLE
+    fence.enter(1, [entry(0, 4, opens=True)], {})
+    assert fence.enter(1, [entry(2, 1)], {}) is None
+    assert fence.enter(1, [entry(4, 1)], {}) is Drop.HOLE  # it went back to 3
+    fence.enter(1, [entry(0, 4, opens=True)], {})
+    assert fence.enter(1, [entry(4, 1)], {sequence_id(7): 1}) is Drop.HOLE
 
 
 def test_what_the_engine_refuses_is_a_hole_too() -> None:
     fence = Fence(pipeline=1, epoch=3)
-    fence.enter([entry(0, 4, opens=True)], [])
+    fence.enter(1, [entry(0, 4, opens=True)], {})
     fence.refuse([entry(0, 4)], Drop.REFUSED)
-    assert fence.enter([entry(4, 1)], []) is Drop.HOLE
+    assert fence.enter(1, [entry(4, 1)], {}) is Drop.HOLE
+
+
+def test_each_class_has_its_own_order() -> None:
+    fence = Fence(pipeline=1, epoch=3)
+    assert fence.check(frame(5)) is None
+    assert fence.check(replace(frame(4), traffic=Traffic.BULK)) is None
+    assert fence.check(replace(frame(4), traffic=Traffic.BULK)) is Drop.SEEN_ALREADY
+    assert fence.check(replace(frame(6), traffic=Traffic.BULK)) is None
+    assert fence.check(frame(6)) is None
+
+
+def test_a_close_that_the_next_life_has_overtaken_does_nothing() -> None:
+    fence = Fence(pipeline=1, epoch=3)
+    fence.enter(3, [entry(0, 4, opens=True)], {})
+    fence.enter(8, [entry(0, 5, opens=True)], {})
+    assert fence.enter(7, [], {sequence_id(7): 3}) is None
+    assert fence.enter(9, [entry(5, 1)], {}) is None
+    assert fence.enter(10, [entry(6, 1)], {sequence_id(7): 8}) is Drop.HOLE

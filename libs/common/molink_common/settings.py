@@ -27,6 +27,8 @@ ENVIRONMENT_PREFIX = "MOLINK_"
 KNOWN_VARIABLES: set[str] = {
     "MOLINK_CACHE",
     "MOLINK_PIP",
+    # `molink worker`, which starts a site's broker before the worker's own settings are read
+    "MOLINK_HUB",
     # the gateway
     "MOLINK_HOST",
     "MOLINK_PORT",
@@ -51,7 +53,10 @@ KNOWN_VARIABLES: set[str] = {
     "MOLINK_STAGE_OVERHEAD_BYTES",
     "MOLINK_SETTLE_S",
     "MOLINK_PIPELINE_WAIT_S",
-    "MOLINK_STEPS_UNDER_WAY",
+    "MOLINK_MICRO_BATCHES",
+    "MOLINK_SCHEDULING",
+    "MOLINK_ASSUMED_LINK_MBIT",
+    "MOLINK_LINK_CODEC",
     # the stage worker
     "MOLINK_WORKER_ID",
     "MOLINK_SITE",

@@ -102,8 +102,9 @@ class Extra(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
     opens: tuple[Opening, ...] = ()
-    closes: tuple[SequenceIdField, ...] = ()
-    """Finished, cancelled or preempted: every stage forgets them before it runs the step's entries."""
+    closes: Annotated[dict[SequenceIdField, int], Field(max_length=MAX_ENTRIES)] = {}
+    """Finished, cancelled or preempted: every stage forgets them before it runs the step's entries, unless a later
+    step than the one named here has opened the sequence anew."""
     traces: Annotated[dict[SequenceIdField, str], Field(max_length=MAX_ENTRIES)] = {}
     """W3C ``traceparent`` of the sequences that are sampled for tracing."""
 

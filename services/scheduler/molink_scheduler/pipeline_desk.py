@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import assert_never
 
-from molink_common.messages import AssignStage, Heartbeat, StagePhase
+from molink_common.messages import AssignStage, Heartbeat, LinkCodec, StagePhase
 from molink_scheduler import sequence_desk
 from molink_scheduler.books import PIPELINE, Books, PipelinePhase, Worker
 from molink_scheduler.fitness import fit_workers, place_over
@@ -120,7 +120,7 @@ def epoch_taken(books: Books, epoch: int, now_s: float) -> Iterator[Instruction]
         pipeline.move(PipelinePhase.WAITING, now_s)
         return
     layer_map = placement.pipelines[0]
-    steps = books.settings.steps_under_way
+    sites = [books.workers[stage.worker].heartbeat.site for stage in layer_map.stages]
     layout = PipelineRecord(
         pipeline=PIPELINE,
         epoch=epoch,
@@ -128,10 +128,16 @@ def epoch_taken(books: Books, epoch: int, now_s: float) -> Iterator[Instruction]
         dtype=dtype,
         num_blocks=layer_map.num_blocks,
         block_size=books.settings.block_size,
-        max_steps_under_way=len(layer_map.stages) if steps == "auto" else steps,
+        policy=books.settings.policy(),
         stages=tuple(
-            StageRecord(worker=stage.worker, first_layer=stage.first_layer, last_layer=stage.last_layer)
-            for stage in layer_map.stages
+            StageRecord(
+                worker=stage.worker,
+                first_layer=stage.first_layer,
+                last_layer=stage.last_layer,
+                # within a site the bytes that a codec saves are worth less than its time
+                codec=books.settings.link_codec if site != next_site else LinkCodec.RAW,
+            )
+            for stage, site, next_site in zip(layer_map.stages, sites, [*sites[1:], sites[-1]], strict=True)
         ),
     )
     pipeline.layout, pipeline.card = layout, layout.card
@@ -153,7 +159,8 @@ def epoch_taken(books: Books, epoch: int, now_s: float) -> Iterator[Instruction]
             dtype=dtype,
             num_blocks=layout.num_blocks,
             block_size=layout.block_size,
-            max_steps_under_way=layout.max_steps_under_way,
+            policy=layout.policy,
+            codec=stage.codec,
         )
         yield AssignStageTo(stage.worker, assignment)
     yield BroadcastState()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
-from molink_common.messages import Dtype, Heartbeat, ModelCard, SubmitSequence
+from molink_common.messages import Dtype, Heartbeat, LinkCodec, ModelCard, PipelinePolicy, SubmitSequence
 
 
 class StageRecord(BaseModel):
@@ -16,6 +16,8 @@ class StageRecord(BaseModel):
     worker: str
     first_layer: int
     last_layer: int
+    codec: LinkCodec = LinkCodec.RAW
+    """Of the link to the next stage."""
 
 
 class PipelineRecord(BaseModel):
@@ -28,7 +30,7 @@ class PipelineRecord(BaseModel):
     dtype: Dtype
     num_blocks: int
     block_size: int
-    max_steps_under_way: int
+    policy: PipelinePolicy = PipelinePolicy()
     stages: tuple[StageRecord, ...]
     """Head first."""
 

@@ -81,7 +81,7 @@ def _pipelines(books: Books) -> tuple[PipelineState, ...]:
         dtype=layout.dtype,
         num_blocks=layout.num_blocks,
         block_size=layout.block_size,
-        max_steps_under_way=layout.max_steps_under_way,
+        policy=layout.policy,
         stages=tuple(stage.worker for stage in layout.stages),
         layers=tuple((stage.first_layer, stage.last_layer) for stage in layout.stages),
         head=report.head if report is not None else None,

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from molink_common.messages import Dtype
+from molink_common.messages import Dtype, LinkCodec, PipelinePolicy, Scheduling
 from molink_common.settings import ServiceSettings
 
 
@@ -35,7 +35,26 @@ class SchedulerSettings(ServiceSettings):
     ] = 64 * 1024 * 1024
     settle_s: Annotated[float, Field(ge=0, description="how long the set of workers must be stable")] = 1.0
     pipeline_wait_s: Annotated[float, Field(gt=0, description="how long sequences wait for a lost pipeline")] = 60.0
-    steps_under_way: Annotated[
+    micro_batches: Annotated[
         Literal["auto"] | Annotated[int, Field(ge=1, le=256)],
-        Field(description="micro-batches in a pipeline; auto: as many as stages"),
+        Field(description="micro-batches under way in a pipeline; auto: planned from what is measured"),
     ] = "auto"
+    scheduling: Annotated[
+        Scheduling,
+        Field(description="adaptive; plain and published are the baselines it is compared with"),
+    ] = Scheduling.ADAPTIVE
+    assumed_link_mbit: Annotated[
+        float, Field(gt=0, description="link speed that scheduling 'published' plans with; else not looked at")
+    ] = 100.0
+    link_codec: Annotated[
+        LinkCodec,
+        Field(description="raw, lossless or int8, on links between sites; within a site always raw"),
+    ] = LinkCodec.RAW
+
+    def policy(self) -> PipelinePolicy:
+        """What a pipeline's stages must agree on."""
+        return PipelinePolicy(
+            scheduling=self.scheduling,
+            micro_batches=None if self.micro_batches == "auto" else self.micro_batches,
+            assumed_link_bytes_per_s=self.assumed_link_mbit * 1e6 / 8,
+        )

@@ -65,11 +65,15 @@ async def serve(
             worker.on_reconnect()
 
     try:
-        async with open_bus(
-            settings.bus_settings(), name=worker_id, on_fault=on_fault, on_reconnect=on_reconnect
-        ) as bus:
+        async with (
+            open_bus(settings.bus_settings(), name=worker_id, on_fault=on_fault, on_reconnect=on_reconnect) as bus,
+            open_bus(
+                settings.bus_settings(), name=f"{worker_id}-bulk", on_fault=on_fault, on_reconnect=on_reconnect
+            ) as bulk_bus,
+        ):
             worker = Worker(
                 bus=bus,
+                bulk_bus=bulk_bus,
                 settings=SlotSettings(
                     worker=worker_id,
                     device=hardware.device,

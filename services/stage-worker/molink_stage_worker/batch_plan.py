@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from molink_common.wire import Entry, Extra, Opening
+from molink_common.wire import Entry, Extra, Opening, Traffic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,12 +18,11 @@ class BatchLimits:
     max_running: int = 64
     """Most sequences that hold KV blocks."""
     max_waiting: int = 4096
-    max_steps_under_way: int = 1
     opening_tokens: int = 65536
     """A step stops opening sequences once their prompts together pass this: it bounds the frame's extra part."""
 
     def __post_init__(self) -> None:
-        if min(self.num_blocks, self.block_size, self.step_tokens, self.max_running, self.max_steps_under_way) < 1:
+        if min(self.num_blocks, self.block_size, self.step_tokens, self.max_running) < 1:
             raise ValueError(f"every limit of a batch is at least 1: {self}")
 
 
@@ -50,11 +49,13 @@ class StepPlan:
     """One step of one micro-batch. Without entries it only closes sequences."""
 
     step: int
+    traffic: Traffic
     entries: tuple[Entry, ...]
     token_ids: tuple[int, ...]
     """Of all entries, one after the other."""
     opens: tuple[Opening, ...]
-    closes: tuple[str, ...]
+    closes: dict[str, int]
+    """By sequence, the step that opened the life that ends."""
     traces: dict[str, str]
 
     def extra(self) -> Extra:

@@ -1,83 +1,54 @@
 """The head's decisions: which tokens of which sequences make up the next step.
 
-    waiting ── blocks for all its tokens ──▶ running ── finished, stopped, failed ──▶ closed
+    waiting ── blocks for all its tokens ──▶ running ── finished, stopped, failed ──▶ leaving ──▶ closed
        ▲                                        │
        └────────── out of blocks, step lost ────┘   (computed again from prompt + tokens so far)
 
-Continuous batching with chunked prefill. A step holds decode tokens first (at most the share of one micro-batch,
-so that every stage has work), then chunks of prompts, up to `step_tokens`. Chunks of one prompt may be under way
-in several steps at once; a decode token has to wait for the one before it. Whoever was served longest ago comes
-first, and admission keeps the order of arrival, so nobody starves.
+Continuous batching with chunked prefill, as the present `BatchPlan` says. A decode step holds at most the share of
+one micro-batch, so that every stage has work. Chunks of prompts share steps with decode tokens, or go in steps of
+their own, of class bulk, which decode steps may overtake on every link and in every stage. Chunks of one prompt may
+be under way in several steps at once; a decode token has to wait for the one before it. Whoever was served longest
+ago comes first, and admission keeps the order of arrival, so nobody starves.
 
-Blocks of a closed sequence are free at once. That is safe because every stage runs the steps in order and forgets
-what a step closes before it runs that step's entries: whoever gets such a block gets it in that step or later.
+Blocks of a sequence that leaves are free as soon as no frame that names them can be on its way (see `departures`).
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from dataclasses import dataclass, field
 
 from molink_common.errors import CapacityError
-from molink_common.identity import sequence_number
 from molink_common.messages import HeadReport, StartSequence, StepTokens
-from molink_common.sampling import SamplingOptions
-from molink_common.wire import Entry, Logits, Opening
-from molink_stage_worker.batch_plan import BatchLimits, StepPlan
+from molink_common.wire import Entry, Logits, Opening, Traffic
+from molink_stage_worker.batch_plan import BatchLimits, BatchPlan, StepPlan
+from molink_stage_worker.batch_sequence import Sequence, StepUnderWay
+from molink_stage_worker.departures import Departures, Leaving
 from molink_stage_worker.kv_blocks import BlockAllocator
+from molink_stage_worker.planning.observation import Demand
 
 MAX_RESTARTS_AFTER_LOSS = 10
 """In a row, without a token between; one outage may cost one restart for each stage that was cut off."""
 
 
-@dataclass(slots=True, eq=False)
-class _Sequence:
-    id: str
-    number: int
-    arrival: int
-    prompt: tuple[int, ...]
-    options: SamplingOptions
-    trace: str | None
-    tokens: list[int]
-    """Prompt and generated."""
-    planned: int = 0
-    """How many of `tokens` steps have been planned for since it was opened last."""
-    steps_under_way: int = 0
-    is_open: bool = False
-    restarts: int = 0
-    unsent_blocks: list[int] = field(default_factory=list)
-
-    @property
-    def is_decoding(self) -> bool:
-        return self.planned > 0 and len(self.tokens) - self.planned <= 1
-
-    @property
-    def unplanned(self) -> int:
-        return len(self.tokens) - self.planned
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _StepUnderWay:
-    served: dict[str, _Sequence]
-    wanted: frozenset[str]
-    """Sequences that are to get a token from it."""
-    closes: tuple[str, ...]
-
-
 class Batcher:
     """Takes sequences and results, gives steps. Not thread-safe; no IO, no clock."""
 
-    def __init__(self, limits: BatchLimits) -> None:
+    def __init__(self, limits: BatchLimits, plan: BatchPlan) -> None:
+        self.plan = plan
+        """What the next steps follow; may be replaced at any time."""
         self._limits = limits
         self._blocks = BlockAllocator(limits.num_blocks)
-        self._sequences: dict[str, _Sequence] = {}
-        self._waiting: list[_Sequence] = []
+        self._sequences: dict[str, Sequence] = {}
+        self._waiting: list[Sequence] = []
         """By arrival."""
-        self._running: dict[str, _Sequence] = {}
+        self._running: dict[str, Sequence] = {}
         """By time of last service, longest ago first."""
-        self._under_way: dict[int, _StepUnderWay] = {}
+        self._departures = Departures()
+        self._under_way: dict[int, StepUnderWay] = {}
         """By step number, oldest first."""
-        self._closes: dict[str, None] = {}
+        self._counts = dict.fromkeys(Traffic, 0)
+        """Steps under way, by class."""
+        self._decode_steps_in_a_row = 0
         self._failed: list[str] = []
         self._next_step = 1
         self._arrivals = 0
@@ -94,47 +65,40 @@ class Batcher:
         """
         if start.sequence in self._sequences:
             return
-        tokens = [*start.prompt, *start.generated]
+        num_tokens = len(start.prompt) + len(start.generated)
         if len(start.generated) >= start.options.max_tokens:
             raise ValueError(f"the sequence has its {start.options.max_tokens} tokens already")
-        if self._blocks_for(len(tokens)) > self._limits.num_blocks:
+        if self._blocks_for(num_tokens) > self._limits.num_blocks:
             room = self._limits.num_blocks * self._limits.block_size
-            raise CapacityError(f"{len(tokens)} tokens do not fit into the pipeline's KV memory of {room} tokens")
+            raise CapacityError(f"{num_tokens} tokens do not fit into the pipeline's KV memory of {room} tokens")
         if len(self._waiting) >= self._limits.max_waiting:
             raise CapacityError(f"{len(self._waiting)} sequences are waiting already")
         self._arrivals += 1
-        sequence = _Sequence(
-            id=start.sequence,
-            number=sequence_number(start.sequence),
-            arrival=self._arrivals,
-            prompt=start.prompt,
-            options=start.options,
-            trace=start.trace,
-            tokens=tokens,
-        )
+        sequence = Sequence.starting(start, self._arrivals)
         self._sequences[sequence.id] = sequence
         self._waiting.append(sequence)
 
     def stop(self, sequence: str) -> bool:
-        """Forget a sequence; the next step closes it. False for one that is not here."""
+        """Forget a sequence; a step closes it. False for one that is not here."""
         found = self._sequences.get(sequence)
         if found is not None:
             self._forget(found)
         return found is not None
 
     def on_tokens(self, tokens: StepTokens) -> None:
-        """A step's result. Older steps under way are lost then, because results come in order.
+        """A step's result. Older steps of its class are lost then, because results of a class come in order.
 
         A sequence that gets no token from a step that was to give it one is computed again: a stage had to drop
         its part of the step.
         """
-        if tokens.step not in self._under_way:
+        step = self._under_way.get(tokens.step)
+        if step is None:
             return
-        while (oldest := next(iter(self._under_way))) != tokens.step:
-            self.on_lost(oldest)
-        step = self._under_way.pop(tokens.step)
-        for sequence in step.served.values():
-            sequence.steps_under_way -= 1
+        for older in [number for number in self._under_way if number < tokens.step]:
+            if self._under_way[older].traffic is step.traffic:
+                self.on_lost(older)
+        self._take_off(tokens.step)
+        self._free(self._departures.step_returned(tokens.step, step.traffic, step.closes))
         missing = dict.fromkeys(step.wanted)
         for event in tokens.events:
             missing.pop(event.sequence, None)
@@ -155,15 +119,10 @@ class Batcher:
 
     def on_lost(self, step: int) -> None:
         """A step will never come back. Its sequences are computed again; what it closed is closed again."""
-        lost = self._under_way.pop(step, None)
+        lost = self._take_off(step)
         if lost is None:
             return
-        for sequence in lost.served.values():
-            sequence.steps_under_way -= 1
-        for close in lost.closes:
-            reopened = self._sequences.get(close)
-            if reopened is None or not reopened.is_open:
-                self._closes[close] = None
+        self._departures.step_lost(lost.traffic, lost.closes)
         for name in lost.served:
             self._restart(lost, name)
 
@@ -176,22 +135,31 @@ class Batcher:
 
     def next_step(self) -> StepPlan | None:
         """The next step, or None: nothing to do, or enough steps are under way."""
-        if len(self._under_way) >= self._limits.max_steps_under_way:
-            return None
         self._admit()
-        chosen = self._choose()
-        # closes alone are worth a step only if no other will carry them soon
-        if not chosen and (not self._closes or self._under_way):
-            return None
-        return self._commit(chosen)
+        for traffic in self._turns():
+            if chosen := self._choose(traffic):
+                return self._commit(chosen, traffic)
+        return self._step_without_entries()
 
     def take_failed(self) -> tuple[str, ...]:
         """Sequences given up since the last call: no room for their next token, or lost too often."""
         failed, self._failed = tuple(self._failed), []
         return failed
 
+    def demand(self) -> Demand:
+        """What the planner must know of the present load."""
+        decoding = [sequence for sequence in self._running.values() if sequence.is_decoding]
+        prompts = sum(one.unplanned for one in self._running.values() if not one.is_decoding)
+        prompts += sum(one.unplanned for one in self._waiting)
+        context = sum(len(one.tokens) for one in decoding)
+        return Demand(
+            decoding=len(decoding),
+            context_tokens=context // len(decoding) if decoding else 0,
+            prompt_tokens_waiting=prompts,
+        )
+
     def report(self) -> HeadReport:
-        """Numbers for the heartbeat; the age of the oldest step is for the caller's clock to add."""
+        """Numbers for the heartbeat; the age of the oldest step and the plan's reasons are for the caller to add."""
         return HeadReport(
             running=len(self._running),
             waiting=len(self._waiting),
@@ -199,6 +167,9 @@ class Batcher:
             num_blocks=self._limits.num_blocks,
             steps_under_way=len(self._under_way),
             preemptions=self._preemptions,
+            micro_batches=self.plan.micro_batches,
+            chunk_tokens=min(self.plan.chunk_tokens, self._limits.step_tokens),
+            separate_prefill=self.plan.separate_prefill,
         )
 
     @property
@@ -215,19 +186,20 @@ class Batcher:
         """Assert what must hold after every event."""
         self._blocks.check_invariants()
         assert len(self._running) <= self._limits.max_running
-        assert len(self._under_way) <= self._limits.max_steps_under_way
         assert {sequence.id for sequence in self._waiting} | set(self._running) == set(self._sequences)
         assert len(self._waiting) + len(self._running) == len(self._sequences)
         assert [one.arrival for one in self._waiting] == sorted(one.arrival for one in self._waiting)
+        for traffic, count in self._counts.items():
+            assert count == sum(step.traffic is traffic for step in self._under_way.values())
         for sequence in self._waiting:
-            assert self._blocks.held(sequence.number) == 0
+            assert self._blocks.held(sequence.number) == 0 or self._departures.is_leaving(sequence.number)
             assert sequence.planned == 0
             assert not sequence.is_open
-        held = 0
+        held = sum(self._blocks.held(number) for number in self._departures.numbers)
         for sequence in self._running.values():
+            assert not self._departures.is_leaving(sequence.number)
             held += self._blocks.held(sequence.number)
             assert self._blocks.held(sequence.number) >= self._blocks_for(sequence.planned)
-            assert sequence.id not in self._closes or not sequence.is_open
         assert held == self._limits.num_blocks - self._blocks.num_free
 
     # --- how -------------------------------------------------------------------------------------------------
@@ -243,8 +215,9 @@ class Batcher:
             if needed > self._limits.num_blocks:
                 self._fail(sequence)  # it grew until not even the whole memory holds it
                 continue
-            # results of its former life must be in before it starts anew, else a token could be drawn twice
-            if sequence.steps_under_way or self._blocks.num_free - needed < len(self._running):
+            # its former life must have left the stages before it starts anew, else a token could be drawn twice
+            has_left = not self._departures.is_leaving(sequence.number)
+            if not has_left or self._blocks.num_free - needed < len(self._running):
                 return
             del self._waiting[0]
             most = len(sequence.prompt) + sequence.options.max_tokens
@@ -253,26 +226,50 @@ class Batcher:
             )
             self._running[sequence.id] = sequence
 
-    def _choose(self) -> dict[str, int]:
-        """How many tokens of whom, decode first."""
+    def _turns(self) -> tuple[Traffic, ...]:
+        """Which classes may have another step, the one whose turn it is first."""
+        if not self.plan.separate_prefill:
+            return (Traffic.DECODE,) if self._counts[Traffic.DECODE] < self.plan.micro_batches else ()
+        # decode first; but once a cycle a chunk may go, so that prompts get on however busy the head is
+        classes = (
+            (Traffic.BULK, Traffic.DECODE)
+            if self._decode_steps_in_a_row >= self.plan.micro_batches
+            else (Traffic.DECODE, Traffic.BULK)
+        )
+        most = {Traffic.DECODE: self.plan.micro_batches, Traffic.BULK: self.plan.chunks_under_way}
+        return tuple(traffic for traffic in classes if self._counts[traffic] < most[traffic])
+
+    def _choose(self, traffic: Traffic) -> dict[str, int]:
+        """How many tokens of whom."""
         chosen: dict[str, int] = {}
+        if traffic is Traffic.DECODE:
+            self._choose_decode(chosen)
+        if traffic is Traffic.BULK or not self.plan.separate_prefill:
+            self._choose_chunks(chosen, traffic)
+        return chosen
+
+    def _choose_decode(self, chosen: dict[str, int]) -> None:
         decoding = sum(sequence.is_decoding for sequence in self._running.values())
         room = self._limits.step_tokens
         ready = next((sequence for sequence in self._running.values() if sequence.unplanned), None)
-        if ready is not None and not ready.is_decoding:
+        if ready is not None and not ready.is_decoding and not self.plan.separate_prefill:
             room -= max(room // 4, 1)  # a prompt has waited longest: many decode sequences must not keep it out
-        share = min(-(-decoding // self._limits.max_steps_under_way), room)
+        share = min(-(-decoding // self.plan.micro_batches), room)
         for sequence in list(self._running.values()):
             if len(chosen) >= share:
                 break
             if sequence.is_decoding and sequence.unplanned and self._make_room(sequence, chosen):
                 chosen[sequence.id] = 1
-        budget = self._limits.step_tokens - len(chosen)
+
+    def _choose_chunks(self, chosen: dict[str, int], traffic: Traffic) -> None:
+        budget = min(self._limits.step_tokens - len(chosen), self.plan.chunk_tokens)
         opening = 0
         for sequence in self._running.values():
-            if budget == 0:
+            if budget <= 0:
                 break
             if sequence.is_decoding or not sequence.unplanned:
+                continue
+            if not self._departures.has_returned(sequence.last_steps, but=traffic):  # classes may overtake each other
                 continue
             if not sequence.is_open:
                 if opening and opening + len(sequence.tokens) > self._limits.opening_tokens:
@@ -280,14 +277,15 @@ class Batcher:
                 opening += len(sequence.tokens)
             chosen[sequence.id] = min(budget, sequence.unplanned)
             budget -= chosen[sequence.id]
-        return chosen
 
-    def _make_room(self, sequence: _Sequence, chosen: dict[str, int]) -> bool:
+    def _make_room(self, sequence: Sequence, chosen: dict[str, int]) -> bool:
         """A block for the sequence's next token, at the expense of the newest if there is no other."""
         if sequence.id not in self._running:
             return False  # it was the newest when another needed room
         needed = self._blocks_for(sequence.planned + 1) - self._blocks.held(sequence.number)
         while needed > self._blocks.num_free:
+            if self._departures.numbers:
+                return False  # blocks are about to be free
             newest = max(self._running.values(), key=lambda one: one.arrival)
             if newest is sequence and len(self._running) == 1:
                 self._fail(sequence)
@@ -300,12 +298,24 @@ class Batcher:
             sequence.unsent_blocks.extend(self._blocks.take(sequence.number, needed))
         return True
 
-    def _commit(self, chosen: dict[str, int]) -> StepPlan:
+    def _step_without_entries(self) -> StepPlan | None:
+        """A step that only closes sequences, or that shows by its return that no lost one is still on its way."""
+        for traffic in Traffic:
+            if self._departures.awaits(traffic) and not self._counts[traffic]:
+                return self._commit({}, traffic)
+        # closes alone are worth a step only if no other will carry them soon
+        if self._under_way or not self._departures.has_closes:
+            return None
+        return self._commit({}, self._departures.class_to_close())
+
+    def _commit(self, chosen: dict[str, int], traffic: Traffic) -> StepPlan:
         entries: list[Entry] = []
         token_ids: list[int] = []
         opens: list[Opening] = []
         traces: dict[str, str] = {}
-        served: dict[str, _Sequence] = {}
+        served: dict[str, Sequence] = {}
+        step = self._next_step
+        self._next_step += 1
         for name, count in chosen.items():
             sequence = self._running.pop(name)
             self._running[name] = served[name] = sequence
@@ -322,21 +332,22 @@ class Batcher:
             )
             token_ids.extend(sequence.tokens[start:end])
             if not sequence.is_open:
-                opens.append(_opening(sequence))
+                sequence.opened_by = step
+                opens.append(sequence.opening())
             if sequence.trace is not None:
                 traces[name] = sequence.trace
             sequence.unsent_blocks.clear()
             sequence.is_open = True
             sequence.planned = end
-            sequence.steps_under_way += 1
-        closes = tuple(self._closes)
-        self._closes.clear()
-        step = self._next_step
-        self._next_step += 1
+            sequence.last_steps[traffic] = step
+        closes = self._departures.take_closes(traffic)
         wanted = frozenset(name for name, entry in zip(chosen, entries, strict=True) if entry.logits is not Logits.NONE)
-        self._under_way[step] = _StepUnderWay(served=served, wanted=wanted, closes=closes)
+        self._under_way[step] = StepUnderWay(traffic=traffic, served=served, wanted=wanted, closes=closes)
+        self._counts[traffic] += 1
+        self._decode_steps_in_a_row = 0 if traffic is Traffic.BULK else self._decode_steps_in_a_row + 1
         return StepPlan(
             step=step,
+            traffic=traffic,
             entries=tuple(entries),
             token_ids=tuple(token_ids),
             opens=tuple(opens),
@@ -344,12 +355,18 @@ class Batcher:
             traces=traces,
         )
 
-    def _present(self, step: _StepUnderWay, name: str) -> _Sequence | None:
+    def _take_off(self, step: int) -> StepUnderWay | None:
+        taken = self._under_way.pop(step, None)
+        if taken is not None:
+            self._counts[taken.traffic] -= 1
+        return taken
+
+    def _present(self, step: StepUnderWay, name: str) -> Sequence | None:
         """The sequence that the step served, unless it has gone since (another may have come under its id)."""
         served = step.served.get(name)
         return served if served is not None and self._sequences.get(name) is served else None
 
-    def _restart(self, step: _StepUnderWay, name: str) -> None:
+    def _restart(self, step: StepUnderWay, name: str) -> None:
         sequence = self._present(step, name)
         if sequence is None or name not in self._running:
             return
@@ -359,37 +376,34 @@ class Batcher:
         else:
             self._preempt(sequence)
 
-    def _preempt(self, sequence: _Sequence) -> None:
+    def _preempt(self, sequence: Sequence) -> None:
         self._preemptions += 1
         self._leave_stages(sequence)
         insort(self._waiting, sequence, key=lambda one: one.arrival)
 
-    def _forget(self, sequence: _Sequence) -> None:
+    def _forget(self, sequence: Sequence) -> None:
         del self._sequences[sequence.id]
         if sequence.id in self._running:
             self._leave_stages(sequence)
         else:
             self._waiting.remove(sequence)
 
-    def _fail(self, sequence: _Sequence) -> None:
+    def _fail(self, sequence: Sequence) -> None:
         self._failed.append(sequence.id)
         self._forget(sequence)
 
-    def _leave_stages(self, sequence: _Sequence) -> None:
+    def _leave_stages(self, sequence: Sequence) -> None:
         del self._running[sequence.id]
-        self._blocks.release(sequence.number)
-        if sequence.is_open:
-            self._closes[sequence.id] = None
-        sequence.is_open = False
-        sequence.planned = 0
-        sequence.unsent_blocks.clear()
+        leaving = Leaving(
+            id=sequence.id,
+            number=sequence.number,
+            last_steps=dict(sequence.last_steps),
+            opened_by=sequence.opened_by if sequence.is_open else None,
+        )
+        sequence.forget_stages()
+        if self._departures.leave(leaving):
+            self._free([leaving.number])
 
-
-def _opening(sequence: _Sequence) -> Opening:
-    # built without validation: the values come from a validated message
-    return Opening.model_construct(
-        sequence=sequence.id,
-        prompt=sequence.prompt,
-        generated=tuple(sequence.tokens[len(sequence.prompt) :]),
-        options=sequence.options,
-    )
+    def _free(self, numbers: list[int]) -> None:
+        for number in numbers:
+            self._blocks.release(number)

@@ -11,12 +11,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from molink_common import messages, subjects
+from molink_common import messages
 from molink_common.errors import ProtocolError
 from molink_common.identity import sequence_id, sequence_number
 from molink_common.messages import StepTokens, TokenEvent
-from molink_common.wire import Entry, Extra, Logits, StepFrame, encode_frame
+from molink_common.wire import Codec, Entry, Extra, Logits, StageTiming, StepFrame, Traffic, encode_frame
+from molink_stage_worker.activation_codec import decode_hidden, encode_hidden
 from molink_stage_worker.engine.interface import Engine
+from molink_stage_worker.lives import Lives
 from molink_stage_worker.sampling import Sampler
 
 _NOTHING = memoryview(b"")
@@ -31,18 +33,20 @@ class StageStep:
     extra: Extra
     token_ids: tuple[int, ...] | None = None
     """At the head only."""
+    ready_ns: int
+    """When it could have begun, by `time.perf_counter_ns`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageResult:
     """A step as it leaves a stage: what to publish where."""
 
-    subject: str
     payload: bytes | bytearray
     step: int = 0
+    traffic: Traffic = Traffic.DECODE
     num_tokens: int = 0
     tokens: StepTokens | None = None
-    """At the tail only; `payload` carries the same."""
+    """At the tail only; `payload` carries the same. Without, `payload` is a frame for the next stage."""
     traces: tuple[str, ...] = ()
     """``traceparent`` of each traced sequence."""
     started_ns: int = 0
@@ -56,28 +60,30 @@ class StageResult:
 class StageCompute:
     """An engine, and at the tail a sampler. `run` is called from one thread, one step after the other."""
 
-    def __init__(self, engine: Engine, sampler: Sampler | None, *, pipeline: int, index: int) -> None:
+    def __init__(self, engine: Engine, sampler: Sampler | None, *, codec: Codec = Codec.RAW) -> None:
         self.engine = engine
         self._sampler = sampler
-        self._next = subjects.tokens(pipeline) if sampler is not None else subjects.stage(pipeline, index + 1)
+        self._codec = codec
+        self._lives = Lives()
 
     def run(self, step: StageStep) -> StageResult:
         """Compute a step. What a peer got wrong empties the step; every other error is the caller's to handle."""
+        began_ns = time.perf_counter_ns()
         started_ns = time.time_ns()
+        closed = self._lives.close(step.extra.closes)
         refused: tuple[Entry, ...] = ()
         problem = ""
         try:
-            payload, tokens = self._forward(step)
+            payload, tokens = self._forward(step, closed, began_ns)
         except ProtocolError as error:
             refused, problem = step.frame.entries, str(error)
-            empty = replace(step.frame, entries=(), hidden=_NOTHING)
-            payload, tokens = self._forward(
-                replace(step, frame=empty, token_ids=None if step.token_ids is None else ())
-            )
+            empty = replace(step.frame, entries=(), hidden=_NOTHING, codec=Codec.RAW)
+            without = replace(step, frame=empty, token_ids=None if step.token_ids is None else ())
+            payload, tokens = self._forward(without, closed, began_ns)
         return StageResult(
-            subject=self._next,
             payload=payload,
             step=step.frame.step,
+            traffic=step.frame.traffic,
             num_tokens=0 if refused else step.frame.num_tokens,
             tokens=tokens,
             traces=tuple(step.extra.traces.values()),
@@ -87,33 +93,61 @@ class StageCompute:
             problem=problem,
         )
 
-    def _forward(self, step: StageStep) -> tuple[bytes | bytearray, StepTokens | None]:
+    def _forward(
+        self, step: StageStep, closed: tuple[str, ...], began_ns: int
+    ) -> tuple[bytes | bytearray, StepTokens | None]:
         frame, extra = step.frame, step.extra
-        closes = [sequence_number(name) for name in extra.closes]
         if self._sampler is not None:
-            for name in extra.closes:
+            for name in closed:
                 self._sampler.close(name)
             for opening in extra.opens:
                 self._sampler.open(opening)
             _check_known(self._sampler, frame.entries)
-        hidden = frame.hidden if step.token_ids is None else None
+        hidden = None
+        if step.token_ids is None:
+            hidden = decode_hidden(
+                frame.hidden,
+                num_tokens=frame.num_tokens,
+                hidden_size=frame.hidden_size,
+                dtype=frame.dtype,
+                codec=frame.codec,
+            )
+        closes = [sequence_number(name) for name in closed]
         output = self.engine.run(frame.entries, closes, token_ids=step.token_ids, hidden=hidden)
+        self._lives.open(frame.entries, frame.step)
+        waited_us = max(began_ns - step.ready_ns, 0) // 1000
         if self._sampler is None:
-            passed_on = replace(frame, hidden=_NOTHING if output.hidden is None else output.hidden)
+            raw = _NOTHING if output.hidden is None else output.hidden
+            hidden = encode_hidden(raw, hidden_size=frame.hidden_size, dtype=frame.dtype, codec=self._codec)
+            timing = StageTiming(compute_us=_since_us(began_ns), waited_us=waited_us)
+            passed_on = replace(frame, hidden=hidden, codec=self._codec, timings=(*frame.timings, timing))
             return encode_frame(passed_on), None
-        tokens = self._sample(self._sampler, frame, output.logits_RV)
+        events, failed = self._sample(self._sampler, frame, output.logits_RV)
+        timing = StageTiming(compute_us=_since_us(began_ns), waited_us=waited_us)
+        # built without validation: this runs for every step, and every value is our own
+        tokens = StepTokens.model_construct(
+            pipeline=frame.pipeline,
+            epoch=frame.epoch,
+            step=frame.step,
+            events=tuple(events),
+            failed=tuple(failed),
+            timings=tuple((one.compute_us, one.waited_us) for one in (*frame.timings, timing)),
+        )
         return messages.encode(tokens), tokens
 
-    def _sample(self, sampler: Sampler, frame: StepFrame, logits_RV: torch.Tensor | None) -> StepTokens:
+    def _sample(
+        self, sampler: Sampler, frame: StepFrame, logits_RV: torch.Tensor | None
+    ) -> tuple[list[TokenEvent], list[str]]:
         names = [sequence_id(entry.sequence) for entry in frame.entries if entry.logits is not Logits.NONE]
         events: list[TokenEvent] = []
         failed: list[str] = []
         if names and logits_RV is not None:
             events, failed = sampler.sample(_last_rows(logits_RV, frame.entries), names)
-        # built without validation: this runs for every step, and every value is our own
-        return StepTokens.model_construct(
-            pipeline=frame.pipeline, epoch=frame.epoch, step=frame.step, events=tuple(events), failed=tuple(failed)
-        )
+        return events, failed
+
+
+def _since_us(began_ns: int) -> int:
+    return (time.perf_counter_ns() - began_ns) // 1000
 
 
 def _check_known(sampler: Sampler, entries: tuple[Entry, ...]) -> None:

@@ -29,7 +29,7 @@ async def serve_head(bus: Bus, worker: str, at_work: HeadLookup) -> Subscription
     async def answer(message: Message) -> Message:
         assert isinstance(message, (StartSequence, StopSequence, AskSequences))
         found = at_work()
-        if found is None or found[1].batcher is None or found[0].pipeline != message.pipeline:
+        if found is None or not found[1].is_head or found[0].pipeline != message.pipeline:
             return Failed(message=f"worker {worker} is not the head of pipeline {message.pipeline} now")
         return _carry_out(message, *found)
 
@@ -52,5 +52,4 @@ def _carry_out(
             runner.stop(message.sequence)
             return Done()
         case AskSequences():
-            held = runner.batcher.sequences if runner.batcher is not None else ()
-            return SequencesHeld(pipeline=assignment.pipeline, epoch=assignment.epoch, sequences=held)
+            return SequencesHeld(pipeline=assignment.pipeline, epoch=assignment.epoch, sequences=runner.sequences)

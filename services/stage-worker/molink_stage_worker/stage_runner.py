@@ -1,37 +1,40 @@
 """One loaded stage at work: frames in, one call into the compute thread a step, frames or tokens out.
 
-    NATS ─▶ on frame: decode, fence ─▶ compute thread ─▶ outbox ─▶ publish ─▶ NATS
-                                             ▲
-    head: tokens, new sequences ─▶ batcher ──┘
+    NATS ─▶ inlet ─▶ ready queue ─▶ compute thread ─▶ link to the next stage ─▶ NATS
+                         ▲                   └─▶ tail: outbox of tokens ──────▶ NATS
+    head: tokens, new sequences ─▶ desk ──┘
 
-The thread has its own queue, so the next step starts without waiting for the event loop, which meanwhile receives
-and sends. The head plans a step only when its thread is free: who arrives in between still gets in.
+The next step starts without waiting for the event loop, which meanwhile receives and sends; a decode step starts
+before bulk steps that wait. The head plans a step only when its thread is free: who arrives in between still gets in.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 from molink_common import messages, subjects
 from molink_common.bus import Bus, Incoming
 from molink_common.errors import BusUnavailable, ProtocolError
-from molink_common.identity import sequence_number
 from molink_common.logs import get_logger
-from molink_common.messages import AssignStage, HeadReport, StartSequence, StepTokens
+from molink_common.messages import AssignStage, HeadReport, LinkReport, StartSequence, StepTokens
 from molink_common.telemetry import Telemetry
-from molink_common.wire import StepFrame, decode_extra, decode_frame
+from molink_common.wire import StepFrame
 from molink_stage_worker.batch_plan import StepPlan
-from molink_stage_worker.batching import Batcher
 from molink_stage_worker.compute import StageCompute, StageResult, StageStep
 from molink_stage_worker.fence import Drop, Fence
+from molink_stage_worker.head_desk import HeadDesk
+from molink_stage_worker.ready_queue import ReadyQueue
+from molink_stage_worker.stage_inlet import StageInlet
+from molink_stage_worker.stage_link import StageLink
 
 log = get_logger("stage")
 
-_OUTBOX_STEPS = 1024
+_OUTBOX_MESSAGES = 1024
+_STEPS_WAITING = 1024
 _NO_STEP = 0
 """Step number of a `StepTokens` that no step led to. With `failed`, the head gave these sequences up; without, a
 stage was cut off for a while and the head is to take everything under way for lost. Real steps begin at 1."""
@@ -42,16 +45,17 @@ _SURELY_BACK_S = 3.0
 
 
 class StageRunner:
-    """Serves one stage of one epoch until `serve` is cancelled. With a `batcher` it is the head."""
+    """Serves one stage of one epoch until `serve` is cancelled. With a `desk` it is the head."""
 
     def __init__(
         self,
         *,
         bus: Bus,
+        bulk_bus: Bus,
         assignment: AssignStage,
         compute: StageCompute,
         executor: ThreadPoolExecutor,
-        batcher: Batcher | None,
+        desk: HeadDesk | None,
         telemetry: Telemetry,
         worker: str,
     ) -> None:
@@ -62,15 +66,29 @@ class StageRunner:
         self._assignment = assignment
         self._compute = compute
         self._executor = executor
-        self._batcher = batcher
+        self._desk = desk
         self._telemetry = telemetry
         self._worker = worker
+        self._loop = asyncio.get_running_loop()
         self._fence = Fence(pipeline=assignment.pipeline, epoch=assignment.epoch)
-        self._outbox: asyncio.Queue[asyncio.Future[StageResult]] = asyncio.Queue(_OUTBOX_STEPS)
+        self._ready: ReadyQueue[StageStep] = ReadyQueue()
+        self._inlet: StageInlet | None = None
+        if desk is None:
+            self._inlet = StageInlet(
+                bus=bus,
+                bulk_bus=bulk_bus,
+                place=assignment,
+                hidden_size=compute.engine.hidden_size,
+                fence=self._fence,
+                on_step=self._submit,
+            )
+        self._link: StageLink | None = None
+        if assignment.index < assignment.num_stages - 1:
+            self._link = StageLink(bus=bus, bulk_bus=bulk_bus, place=assignment, on_lost=self._on_lost)
+        self._outbox: asyncio.Queue[bytes | bytearray] = asyncio.Queue(_OUTBOX_MESSAGES)
+        self._broken: asyncio.Future[None] = self._loop.create_future()
         self._recent_tokens: deque[bytes | bytearray] = deque(maxlen=_STEPS_REPEATED)
         self._computing = 0
-        self._planned_at_s: dict[int, float] = {}
-        self._loop = asyncio.get_running_loop()
         self._is_serving = False
         self._is_pausing = False
 
@@ -80,9 +98,14 @@ class StageRunner:
         return self._fence.dropped.total()
 
     @property
-    def batcher(self) -> Batcher | None:
-        """The head's batcher. Call `pump` after changing it."""
-        return self._batcher
+    def is_head(self) -> bool:
+        """Whether sequences are started here."""
+        return self._desk is not None
+
+    @property
+    def sequences(self) -> tuple[str, ...]:
+        """Ids of all that wait or run; none where this is no head."""
+        return self._desk.sequences if self._desk is not None else ()
 
     async def serve(self, on_ready: Callable[[], None]) -> None:
         """Work until cancelled; `on_ready` is called once frames sent from then on will arrive.
@@ -93,51 +116,32 @@ class StageRunner:
         """
         place = self._assignment
         subscriptions = []
+        sending: list[asyncio.Task[None]] = []
         try:
-            if self._batcher is None:
-                subject = subjects.stage(place.pipeline, place.index)
-                subscriptions.append(await self._bus.subscribe(subject, self._on_frame))
+            if self._inlet is not None:
+                subscriptions.extend(await self._inlet.subscribe())
             elif place.num_stages > 1:
                 subject = subjects.tokens(place.pipeline)
                 subscriptions.append(await self._bus.subscribe(subject, self._on_tokens))
+            if self._link is not None:
+                subscriptions.append(await self._link.subscribe())
+                sending.append(asyncio.create_task(self._link.run()))
+            sending.append(asyncio.create_task(self._publish_tokens()))
             await self._bus.flush()
             self._is_serving = True
             on_ready()
             self.pump()
-            while True:
-                await self._send(await (await self._outbox.get()))
+            done, _ = await asyncio.wait([self._broken, *sending], return_when=asyncio.FIRST_COMPLETED)
+            for ended in done:
+                ended.result()  # raises
         finally:
             self._is_serving = False
+            for task in sending:
+                task.cancel()
             for subscription in subscriptions:
                 await subscription.close()
-            while not self._outbox.empty():
-                self._outbox.get_nowait().cancel()
 
     # --- in --------------------------------------------------------------------------------------------------
-
-    async def _on_frame(self, incoming: Incoming) -> None:
-        try:
-            frame = decode_frame(incoming.data)
-            extra = decode_extra(frame.extra)
-        except ProtocolError as error:
-            self._fence.dropped[Drop.GARBAGE] += 1
-            log.warning("frame dropped", reason=Drop.GARBAGE, problem=str(error))
-            return
-        reason = self._fence.check(frame)
-        if reason is None and (frame.hidden_size, frame.dtype) != (
-            self._compute.engine.hidden_size,
-            self._assignment.dtype,
-        ):
-            reason = Drop.WRONG_SHAPE
-            self._fence.dropped[reason] += 1
-        if reason is not None:
-            log.warning("frame dropped", reason=reason, step=frame.step, epoch=frame.epoch)
-            return
-        if self._fence.enter(frame.entries, map(sequence_number, extra.closes)) is not None:
-            # the step goes on without its entries: the head sees at once that their tokens are missing
-            log.warning("step emptied", reason=Drop.HOLE, step=frame.step)
-            frame = replace(frame, entries=(), hidden=memoryview(b""))
-        await self._outbox.put(self._submit(StageStep(frame=frame, extra=extra)))
 
     async def _on_tokens(self, incoming: Incoming) -> None:
         try:
@@ -150,23 +154,25 @@ class StageRunner:
             self._fence.dropped[Drop.OTHER_EPOCH] += 1
         elif tokens.step != _NO_STEP:
             self._take_tokens(tokens)
-        elif not tokens.failed and self._batcher is not None:
+        elif not tokens.failed and self._desk is not None:
             log.warning("a stage was cut off: its steps are computed again")
-            self._batcher.on_all_lost()
+            self._desk.on_all_lost()
             self.pump()
 
     def on_cut_off(self) -> None:
-        """The connection was down, or the broker dropped something: act on what may be lost.
+        """A connection was down, or the broker dropped something: act on what may be lost.
 
         The head takes what is under way for lost and pauses until the others will be connected too; another stage
         tells the head. The tail repeats its last tokens: whoever has seen them drops them.
         """
         if not self._is_serving:
             return
-        if self._batcher is None:
+        if self._link is not None:
+            self._link.on_cut_off()
+        if self._desk is None:
             self._outbox_notice(())
         elif self._assignment.num_stages > 1:
-            self._batcher.on_all_lost()
+            self._desk.on_all_lost()
         self._is_pausing = True
         self._loop.call_later(_ALL_BACK_S, self._go_on)
         self._loop.call_later(_SURELY_BACK_S, self._repeat_tokens)
@@ -177,60 +183,62 @@ class StageRunner:
         self.pump()
 
     def _repeat_tokens(self) -> None:
-        if self._is_serving and self._outbox.qsize() + len(self._recent_tokens) < _OUTBOX_STEPS:
+        if self._is_serving and self._outbox.qsize() + len(self._recent_tokens) < _OUTBOX_MESSAGES:
             for payload in self._recent_tokens:
-                self._outbox_payload(payload)
+                self._outbox.put_nowait(payload)
 
     # --- the head --------------------------------------------------------------------------------------------
 
     def start(self, start: StartSequence) -> None:
         """Run a sequence. Raises what `Batcher.add` raises, and `RuntimeError` on a stage that is no head."""
-        if self._batcher is None:
+        if self._desk is None:
             raise RuntimeError("this stage is not the head of its pipeline")
-        self._batcher.add(start)
+        self._desk.start(start)
         self.pump()
 
     def stop(self, sequence: str) -> None:
         """Forget a sequence, if it is here."""
-        if self._batcher is not None and self._batcher.stop(sequence):
+        if self._desk is not None and self._desk.stop(sequence):
             self.pump()
 
     def report(self) -> HeadReport | None:
         """The head's numbers."""
-        if self._batcher is None:
-            return None
-        oldest = self._batcher.oldest_step
-        age_s = 0.0 if oldest is None else self._loop.time() - self._planned_at_s.get(oldest, self._loop.time())
-        return self._batcher.report().model_copy(update={"oldest_step_age_s": age_s})
+        return None if self._desk is None else self._desk.report(self._loop.time())
+
+    def link_report(self) -> LinkReport | None:
+        """The link's numbers; None at the tail."""
+        return None if self._link is None else self._link.report()
 
     def pump(self) -> None:
         """Plan and start a step, if there is one and the thread is free."""
         try:
             self._plan_and_start()
         except Exception as error:  # called from callbacks, where nobody would hear of it: let `serve` raise it
-            broken: asyncio.Future[StageResult] = self._loop.create_future()
-            broken.set_exception(error)
-            self._outbox.put_nowait(broken)
+            self._break(error)
 
     def _plan_and_start(self) -> None:
-        if self._batcher is None or self._computing or self._is_pausing:
+        if self._desk is None or self._computing or self._is_pausing:
             return
         if not self._is_serving or not self._bus.is_connected:
             return
-        plan = self._batcher.next_step()
-        failed = self._batcher.take_failed()
+        if self._link is not None:
+            self._desk.on_link(self._link.rate_bytes_per_s, self._link.round_trip_s)
+        plan = self._desk.next_step(self._loop.time())
+        failed = self._desk.take_failed()
         if failed:
             log.warning("sequences given up", sequences=failed)
             self._outbox_notice(failed)
         if plan is not None:
-            self._planned_at_s = {step: at_s for step, at_s in self._planned_at_s.items() if step >= plan.step - 64}
-            self._planned_at_s[plan.step] = self._loop.time()
-            future = self._submit(self._step_of(plan))
-            self._outbox.put_nowait(future)
+            self._start_computing(self._step_of(plan))
 
     def _take_tokens(self, tokens: StepTokens) -> None:
-        if self._batcher is not None:
-            self._batcher.on_tokens(tokens)
+        if self._desk is not None:
+            self._desk.on_tokens(tokens, self._loop.time())
+            self.pump()
+
+    def _on_lost(self, step: int) -> None:
+        if self._desk is not None:
+            self._desk.on_lost(step)
             self.pump()
 
     def _step_of(self, plan: StepPlan) -> StageStep:
@@ -244,8 +252,58 @@ class StageRunner:
             hidden_size=self._compute.engine.hidden_size,
             dtype=self._assignment.dtype,
             hidden=memoryview(b""),
+            traffic=plan.traffic,
         )
-        return StageStep(frame=frame, extra=extra, token_ids=plan.token_ids)
+        return StageStep(frame=frame, extra=extra, token_ids=plan.token_ids, ready_ns=time.perf_counter_ns())
+
+    # --- compute ---------------------------------------------------------------------------------------------
+
+    async def _submit(self, step: StageStep) -> None:
+        if len(self._ready) < _STEPS_WAITING:
+            self._start_computing(step)
+        else:  # what the head has under way bounds it: somebody sends what nobody planned
+            self._fence.refuse(step.frame.entries, Drop.TOO_MANY)
+
+    def _start_computing(self, step: StageStep) -> None:
+        self._ready.put(step, step.frame.traffic)
+        self._computing += 1
+        future = self._loop.run_in_executor(self._executor, self._compute_next)
+        future.add_done_callback(self._computed)
+
+    def _compute_next(self) -> StageResult:
+        """In the compute thread: the step whose turn it is by now."""
+        return self._compute.run(self._ready.take())
+
+    def _computed(self, future: asyncio.Future[StageResult]) -> None:
+        """Start the next step before this one's result is sent."""
+        self._computing -= 1
+        if future.cancelled() or not self._is_serving:
+            return
+        error = future.exception()
+        if error is not None:
+            self._break(error)
+            return
+        result = future.result()
+        if result.tokens is None:
+            assert self._link is not None, "a stage that is not the tail has a link"
+            self._link.offer(result.step, result.traffic, result.payload)
+            self.pump()
+        else:
+            self._outbox_tokens(result)
+            if self._desk is not None:
+                self._take_tokens(result.tokens)  # head and tail in one: no way round through the broker
+        self._account_for(result)
+
+    def _break(self, error: BaseException) -> None:
+        if not self._broken.done():
+            self._broken.set_exception(error)
+
+    # --- out -------------------------------------------------------------------------------------------------
+
+    def _outbox_tokens(self, result: StageResult) -> None:
+        if result.tokens is not None and result.tokens.events:
+            self._recent_tokens.append(result.payload)
+        self._outbox_payload(result.payload)
 
     def _outbox_notice(self, failed: tuple[str, ...]) -> None:
         place = self._assignment
@@ -253,44 +311,24 @@ class StageRunner:
         self._outbox_payload(messages.encode(notice))
 
     def _outbox_payload(self, payload: bytes | bytearray) -> None:
-        future: asyncio.Future[StageResult] = self._loop.create_future()
-        future.set_result(StageResult(subject=subjects.tokens(self._assignment.pipeline), payload=payload))
-        self._outbox.put_nowait(future)
-
-    # --- out -------------------------------------------------------------------------------------------------
-
-    def _submit(self, step: StageStep) -> asyncio.Future[StageResult]:
-        self._computing += 1
-        future = self._loop.run_in_executor(self._executor, self._compute.run, step)
-        future.add_done_callback(self._computed)
-        return future
-
-    def _computed(self, future: asyncio.Future[StageResult]) -> None:
-        """Start the next step before this one's result is sent."""
-        self._computing -= 1
-        if future.cancelled() or future.exception() is not None:
-            return
-        tokens = future.result().tokens
-        if tokens is not None and self._batcher is not None:
-            self._take_tokens(tokens)  # head and tail in one: no way round through the broker
-        else:
-            self.pump()
-
-    async def _send(self, result: StageResult) -> None:
-        if result.tokens is not None and result.tokens.events:
-            self._recent_tokens.append(result.payload)
         try:
-            await self._bus.publish(result.subject, result.payload)
-        except BusUnavailable as error:
-            log.warning("step not sent", step=result.step, problem=str(error))
-            if self._batcher is not None and result.tokens is None:
-                self._batcher.on_lost(result.step)
-                self.pump()
+            self._outbox.put_nowait(payload)
+        except asyncio.QueueFull:  # what the head has under way bounds it: somebody sends what nobody planned
+            log.warning("tokens dropped", problem=f"{_OUTBOX_MESSAGES} messages wait to be sent")
+
+    async def _publish_tokens(self) -> None:
+        subject = subjects.tokens(self._assignment.pipeline)
+        while True:
+            payload = await self._outbox.get()
+            try:
+                await self._bus.publish(subject, payload)
+            except BusUnavailable as error:
+                log.warning("tokens not sent", problem=str(error))
+
+    def _account_for(self, result: StageResult) -> None:
         if result.refused:
             self._fence.refuse(result.refused, Drop.REFUSED)
             log.warning("step emptied", reason=Drop.REFUSED, step=result.step, problem=result.problem)
-        if result.step == _NO_STEP:
-            return
         self.steps_done += 1
         self.tokens_done += result.num_tokens
         self.compute_s += (result.ended_ns - result.started_ns) / 1e9
@@ -305,5 +343,7 @@ class StageRunner:
                     "molink.stage": self._assignment.index,
                     "molink.step": result.step,
                     "molink.tokens": result.num_tokens,
+                    "molink.traffic": result.traffic.name.lower(),
+                    "molink.link_codec": self._assignment.codec,
                 },
             )

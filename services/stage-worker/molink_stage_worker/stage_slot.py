@@ -19,13 +19,17 @@ import torch
 from molink_common.bus import Bus
 from molink_common.errors import MolinkError
 from molink_common.logs import get_logger
-from molink_common.messages import AssignStage, ModelCard, StagePhase, StageReport
+from molink_common.messages import AssignStage, ModelCard, Scheduling, StagePhase, StageReport
 from molink_common.telemetry import Telemetry
 from molink_stage_worker.batch_plan import BatchLimits
 from molink_stage_worker.batching import Batcher
 from molink_stage_worker.compute import StageCompute
 from molink_stage_worker.engine.interface import Engine, Progress, StageSpec
+from molink_stage_worker.head_desk import HeadDesk
+from molink_stage_worker.planning.observation import Demand
+from molink_stage_worker.planning.planner import Planner
 from molink_stage_worker.sampling import Sampler
+from molink_stage_worker.stage_link import CODECS
 from molink_stage_worker.stage_runner import StageRunner
 
 log = get_logger("stage-slot")
@@ -83,6 +87,7 @@ class StageSlot:
         self,
         *,
         bus: Bus,
+        bulk_bus: Bus,
         tasks: asyncio.TaskGroup,
         settings: SlotSettings,
         load_engine: EngineLoader,
@@ -90,6 +95,7 @@ class StageSlot:
         on_change: Callable[[], None],
     ) -> None:
         self._bus = bus
+        self._bulk_bus = bulk_bus
         self._tasks = tasks
         self._settings = settings
         self._load_engine = load_engine
@@ -154,6 +160,7 @@ class StageSlot:
             tokens_done=runner.tokens_done if runner else 0,
             compute_s=runner.compute_s if runner else 0.0,
             frames_dropped=runner.frames_dropped if runner else 0,
+            link=runner.link_report() if runner else None,
             head=runner.report() if runner else None,
         )
 
@@ -258,30 +265,38 @@ class StageSlot:
     ) -> StageRunner:
         is_tail = assignment.index == assignment.num_stages - 1
         sampler = Sampler(eos_token_ids=card.eos_token_ids, vocabulary_size=card.vocabulary_size) if is_tail else None
-        batcher = None
-        if assignment.index == 0:
-            payload_bytes = self._bus.max_payload_bytes
-            batcher = Batcher(
-                BatchLimits(
-                    num_blocks=assignment.num_blocks,
-                    block_size=assignment.block_size,
-                    step_tokens=tokens_in_a_frame(
-                        payload_bytes, assignment.dtype.size_bytes * engine.hidden_size, self._settings.step_tokens
-                    ),
-                    max_running=self._settings.max_running,
-                    max_steps_under_way=assignment.max_steps_under_way,
-                    opening_tokens=max(payload_bytes // 4 // _BYTES_AN_OPENING_TOKEN, 1),
-                )
-            )
         return StageRunner(
             bus=self._bus,
+            bulk_bus=self._bulk_bus,
             assignment=assignment,
-            compute=StageCompute(engine, sampler, pipeline=assignment.pipeline, index=assignment.index),
+            compute=StageCompute(engine, sampler, codec=CODECS[assignment.codec]),
             executor=executor,
-            batcher=batcher,
+            desk=self._make_desk(assignment, card) if assignment.index == 0 else None,
             telemetry=self._telemetry,
             worker=self._settings.worker,
         )
+
+    def _make_desk(self, assignment: AssignStage, card: ModelCard) -> HeadDesk:
+        payload_bytes = self._bus.max_payload_bytes
+        token_bytes = assignment.dtype.size_bytes * card.hidden_size
+        step_tokens = tokens_in_a_frame(payload_bytes, token_bytes, self._settings.step_tokens)
+        if assignment.policy.scheduling is not Scheduling.ADAPTIVE:
+            step_tokens = max(step_tokens, card.context_length)  # the baselines compute a prompt as a whole
+        planner = Planner(
+            num_stages=assignment.num_stages,
+            token_bytes=token_bytes,
+            step_tokens=step_tokens,
+            policy=assignment.policy,
+        )
+        limits = BatchLimits(
+            num_blocks=assignment.num_blocks,
+            block_size=assignment.block_size,
+            step_tokens=step_tokens,
+            max_running=self._settings.max_running,
+            opening_tokens=max(payload_bytes // 4 // _BYTES_AN_OPENING_TOKEN, 1),
+        )
+        batcher = Batcher(limits, planner.plan(Demand(decoding=0, context_tokens=0, prompt_tokens_waiting=0), 0.0))
+        return HeadDesk(batcher, planner, token_bytes=token_bytes)
 
 
 def tokens_in_a_frame(max_payload_bytes: int, bytes_a_token: int, wanted: int) -> int:

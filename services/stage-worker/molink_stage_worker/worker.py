@@ -1,6 +1,7 @@
 """The life of a worker: join the pool, prepare the model, hold a stage, leave.
 
-It only ever connects outwards: orders, sequences, files and activations all come over its one connection to NATS.
+It only ever connects outwards, to NATS: one connection for orders, sequences, files and decode frames, and one for
+bulk frames, so that a prompt's activations never stand in front of a token's.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class Worker:
         self,
         *,
         bus: Bus,
+        bulk_bus: Bus,
         settings: SlotSettings,
         site: str,
         hardware: Hardware,
@@ -71,6 +73,7 @@ class Worker:
         telemetry: Telemetry,
     ) -> None:
         self._bus = bus
+        self._bulk_bus = bulk_bus
         self._settings = settings
         self._worker = settings.worker
         self._site = site
@@ -92,6 +95,7 @@ class Worker:
         async with asyncio.TaskGroup() as tasks:
             slot = self._slot = StageSlot(
                 bus=self._bus,
+                bulk_bus=self._bulk_bus,
                 tasks=tasks,
                 settings=self._settings,
                 load_engine=self._load_engine,

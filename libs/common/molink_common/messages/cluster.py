@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 from molink_common.messages.codec import Count, Message
 from molink_common.messages.model import Dtype, ModelCard
-from molink_common.messages.pool import HeadReport, StageReport
+from molink_common.messages.pool import HeadReport, PipelinePolicy, StageReport
 
 
 class AskState(Message):
@@ -45,7 +45,7 @@ class PipelineState(BaseModel):
     dtype: Dtype
     num_blocks: int
     block_size: int
-    max_steps_under_way: int
+    policy: PipelinePolicy = PipelinePolicy()
     stages: tuple[str, ...]
     """Worker ids, head first."""
     layers: tuple[tuple[int, int], ...]

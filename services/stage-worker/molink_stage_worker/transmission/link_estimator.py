@@ -19,7 +19,7 @@ _ROUND_TRIP_WINDOW_S = 20.0
 _ONE_WAY_WINDOW_S = 10.0
 """Short, because the two clocks drift against each other."""
 _SLOTS = 8
-_SAMPLES = 24
+_SAMPLES = 16
 _QUANTILE = 0.7
 _SAMPLE_AGE_S = 30.0
 _LEAST_SPAN_S = 0.050
@@ -31,11 +31,16 @@ _MOST_SLACK_S = 0.005
 
 @dataclass(frozen=True, slots=True)
 class LeastDelay:
-    """The least delay of a while, and the size of the message that had it."""
+    """The least delay of a while, with the size of the message that had it and the rate that was known then."""
 
     seconds: float
     size_bytes: int
-    at_s: float
+    rate_bytes_per_s: float | None
+
+    def transmission_s(self, rate_bytes_per_s: float | None) -> float:
+        """The message's own part of the delay. The rate is the one known now, in case none was known then."""
+        rate = self.rate_bytes_per_s or rate_bytes_per_s
+        return 0.0 if rate is None else min(self.size_bytes / rate, self.seconds)
 
 
 class WindowedMinimum:
@@ -45,7 +50,7 @@ class WindowedMinimum:
         self._slot_s = window_s / _SLOTS
         self._slots: deque[tuple[int, LeastDelay]] = deque()
 
-    def add(self, seconds: float, size_bytes: int, now_s: float) -> LeastDelay:
+    def add(self, seconds: float, size_bytes: int, rate_bytes_per_s: float | None, now_s: float) -> LeastDelay:
         """The least with this one."""
         slot = int(now_s / self._slot_s)
         slots = self._slots
@@ -54,7 +59,7 @@ class WindowedMinimum:
         if not slots or seconds <= slots[-1][1].seconds or slot != slots[-1][0]:
             while slots and slots[-1][1].seconds >= seconds:
                 slots.pop()
-            slots.append((slot, LeastDelay(seconds, size_bytes, now_s)))
+            slots.append((slot, LeastDelay(seconds, size_bytes, rate_bytes_per_s)))
         return slots[0][1]
 
     @property
@@ -76,6 +81,7 @@ class LinkEstimator:
         self._busy_bytes = 0
         self._thin_since_s = 0.0
         self._thin_bytes = 0
+        self._faster_rate: float | None = None
 
     @property
     def rate_bytes_per_s(self) -> float | None:
@@ -101,8 +107,8 @@ class LinkEstimator:
         `earlier_bytes` arrived some time before it, unacknowledged.
         """
         received_s = received_us / 1e6
-        self._round_trips.add(now_s - sent_s, size_bytes, now_s)
-        least = self._one_way.add(received_s - sent_s, size_bytes, now_s)
+        self._round_trips.add(now_s - sent_s, size_bytes, self._rate, now_s)
+        least = self._one_way.add(received_s - sent_s, size_bytes, self._rate, now_s)
         before_s = self._received_s
         if before_s is None:
             self._thin_since_s = received_s
@@ -128,7 +134,7 @@ class LinkEstimator:
         """What the least delay holds of its own message's transmission."""
         if self._rate is None:
             return _UNKNOWN_RATE_SLACK_S
-        return min(_MOST_SLACK_S, least.size_bytes / self._rate)
+        return min(_MOST_SLACK_S, least.size_bytes / (least.rate_bytes_per_s or self._rate))
 
     def _measure(self, received_s: float, now_s: float) -> None:
         base = self._round_trips.least
@@ -140,10 +146,20 @@ class LinkEstimator:
         elif self._rate is None and busy_s >= _SHORT_SPAN_S and self._busy_bytes >= _SHORT_SPAN_BYTES:
             self._add_sample(self._busy_bytes / busy_s, now_s)
         thin_s = received_s - self._thin_since_s
-        if thin_s >= 2 * span_s:
-            if self._rate is not None and self._thin_bytes / thin_s > self._rate:
-                self._add_sample(self._thin_bytes / thin_s, now_s)
+        if thin_s >= span_s:
+            self._measure_thin(self._thin_bytes / thin_s, now_s)
             self._thin_since_s, self._thin_bytes = received_s, 0
+
+    def _measure_thin(self, rate: float, now_s: float) -> None:
+        """Two spans in a row that carried more than the link was thought to carry: what was learned is outdated."""
+        if self._rate is None or rate <= self._rate:
+            self._faster_rate = None
+        elif self._faster_rate is None:
+            self._faster_rate = rate
+        else:
+            self._samples.clear()
+            self._add_sample(min(rate, self._faster_rate), now_s)
+            self._faster_rate = None
 
     def _end_busy_span(self) -> None:
         """A span too short to be a sample of its own may still show that the link is faster than it was thought."""

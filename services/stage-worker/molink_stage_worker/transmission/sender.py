@@ -214,7 +214,10 @@ class LinkSender:
 
     def _may_pace(self, size_bytes: int, rate: float, now_s: float) -> bool:
         """A token bucket: takes the piece from it, or says when there will be enough."""
-        pace = rate * (_SLOW_START_PACE if self._window.in_slow_start else _PACE)
+        base = self.estimator.base
+        # spread over the round trip, so that what bulk meets on the way is not always the same phase of decode's
+        evenly = rate if base is None else self._window.size_bytes / base.seconds
+        pace = min(rate, evenly) * (_SLOW_START_PACE if self._window.in_slow_start else _PACE)
         most = max(2.0 * size_bytes, rate * self._settings.decode_delay_s / 2)
         earned = (now_s - self._allowance_at_s) * pace
         self._allowance_bytes = min(most, self._allowance_bytes + earned)

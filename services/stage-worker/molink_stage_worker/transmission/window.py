@@ -32,6 +32,8 @@ _HIGH_SHARE, _MOST_HIGH_S = 1 / 8, 0.016
 """What is high: half the target, or on long ways this share of the way, if that is more (RFC 9406, 4.2)."""
 _KNOWN_RATE_GROWTH = 3.0
 """Slow start below what the measured rate fills: four times a round instead of twice."""
+_MOST_STANDING_S = 0.25
+"""So much of a queue that decode makes is made up for, so that bulk keeps its share."""
 _BASE_AGE_S = 10.0
 _BASE_TOLERANCE = 1.02
 _BASE_TOLERANCE_S = 0.0005
@@ -91,7 +93,7 @@ class AdaptiveWindow:
             self._base_seen_s = now_s
         delay_s = round_trip_s - base.seconds
         if rate_bytes_per_s is not None:
-            delay_s -= (piece.size_bytes - base.size_bytes) / rate_bytes_per_s
+            delay_s += base.transmission_s(rate_bytes_per_s) - piece.size_bytes / rate_bytes_per_s
         delay_s = max(0.0, delay_s)
         if self._in_slow_start:
             self._grow(piece.size_bytes, delay_s, now_s, base, rate_bytes_per_s)
@@ -151,7 +153,8 @@ class AdaptiveWindow:
             if rate_bytes_per_s is not None and standing_s < target_s / 2:
                 spare = rate_bytes_per_s * (1 - _SPARE_SHARE) - (delivered_bytes - round_.delivered_bytes) / round_s
                 wanted += max(0.0, spare) * base.seconds
-            gain = 1.0 if standing_s < target_s / 4 and wanted > self._window else _GAIN
+            is_far = standing_s > 2 * target_s or (standing_s < target_s / 4 and wanted > self._window)
+            gain = 1.0 if is_far else _GAIN
             self._window += gain * (wanted - self._window)
             if self._base_seen_s is not None and now_s - self._base_seen_s > _BASE_AGE_S:
                 self._is_draining = True
@@ -163,7 +166,8 @@ class AdaptiveWindow:
         piece, least = settings.first_piece_bytes, 0.0
         if rate_bytes_per_s is not None:
             piece = piece_bytes(rate_bytes_per_s, settings)
-            least = settings.bulk_share * rate_bytes_per_s * base.seconds
+            standing_s = min(self.standing_delay_s or 0.0, _MOST_STANDING_S)
+            least = settings.bulk_share * rate_bytes_per_s * (base.seconds + standing_s)
         self._window = min(max(self._window, least, 2.0 * piece), settings.max_window_bytes)
 
 

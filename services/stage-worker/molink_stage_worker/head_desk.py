@@ -1,0 +1,109 @@
+"""The head's books: the batcher, the planner that it follows, and when each step under way was planned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from molink_common.messages import HeadReport, StartSequence, StepTokens
+from molink_stage_worker.batch_plan import StepPlan
+from molink_stage_worker.batching import Batcher
+from molink_stage_worker.planning.observation import StepObservation
+from molink_stage_worker.planning.planner import Planner
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Planned:
+    plan: StepPlan
+    at_s: float
+
+
+class HeadDesk:
+    """Plans steps and learns from their results. No IO; the time is an argument, in seconds."""
+
+    def __init__(self, batcher: Batcher, planner: Planner, *, token_bytes: int) -> None:
+        self._batcher = batcher
+        self._planner = planner
+        self._token_bytes = token_bytes
+        self._planned: dict[int, _Planned] = {}
+        """By step, oldest first."""
+
+    @property
+    def sequences(self) -> tuple[str, ...]:
+        """Ids of all that are waiting or running."""
+        return self._batcher.sequences
+
+    def start(self, start: StartSequence) -> None:
+        """Raises what `Batcher.add` raises."""
+        self._batcher.add(start)
+
+    def stop(self, sequence: str) -> bool:
+        """False for one that is not here."""
+        return self._batcher.stop(sequence)
+
+    def next_step(self, now_s: float) -> StepPlan | None:
+        """The next step, by a plan that fits what was measured so far."""
+        self._batcher.plan = self._planner.plan(self._batcher.demand(), now_s)
+        plan = self._batcher.next_step()
+        if plan is not None:
+            self._planned[plan.step] = _Planned(plan=plan, at_s=now_s)
+        return plan
+
+    def take_failed(self) -> tuple[str, ...]:
+        """Sequences given up since the last call."""
+        return self._batcher.take_failed()
+
+    def on_tokens(self, tokens: StepTokens, now_s: float) -> None:
+        """A step came back: learn what it cost, and let its sequences go on."""
+        planned = self._planned.pop(tokens.step, None)
+        if planned is not None and tokens.timings and planned.plan.entries:
+            self._planner.on_step(self._observation(planned, tokens, now_s), now_s)
+        self._batcher.on_tokens(tokens)
+        self._forget_lost()
+
+    def on_lost(self, step: int) -> None:
+        """A step will never come back."""
+        self._batcher.on_lost(step)
+        self._forget_lost()
+
+    def on_all_lost(self) -> None:
+        """Nothing that is under way will come back."""
+        self._batcher.on_all_lost()
+        self._planned.clear()
+
+    def on_link(self, rate_bytes_per_s: float | None, round_trip_s: float | None) -> None:
+        """What the link to the next stage carries, as its sender has measured it."""
+        self._planner.on_link(rate_bytes_per_s, round_trip_s)
+
+    def report(self, now_s: float) -> HeadReport:
+        """For the heartbeat."""
+        oldest = self._batcher.oldest_step
+        planned = None if oldest is None else self._planned.get(oldest)
+        planner = self._planner.report()
+        return self._batcher.report().model_copy(
+            update={
+                "oldest_step_age_s": 0.0 if planned is None else now_s - planned.at_s,
+                "cycle_s": planner.cycle_s,
+                "costs": planner.costs,
+            }
+        )
+
+    def _observation(self, planned: _Planned, tokens: StepTokens, now_s: float) -> StepObservation:
+        entries = planned.plan.entries
+        count = sum(entry.count for entry in entries)
+        return StepObservation(
+            traffic=planned.plan.traffic,
+            tokens=count,
+            sequences=len(entries),
+            context_tokens=sum(entry.start + entry.count for entry in entries),
+            decode_tokens=sum(entry.count == 1 and not entry.opens for entry in entries),
+            payload_bytes=count * self._token_bytes,
+            compute_s=tuple(compute_us / 1e6 for compute_us, _ in tokens.timings),
+            waited_s=tuple(waited_us / 1e6 for _, waited_us in tokens.timings),
+            ring_s=now_s - planned.at_s,
+        )
+
+    def _forget_lost(self) -> None:
+        """Steps older than the oldest under way have come back or never will."""
+        oldest = self._batcher.oldest_step
+        for step in [one for one in self._planned if oldest is None or one < oldest]:
+            del self._planned[step]
