@@ -9,7 +9,7 @@ import pytest
 
 from bench.cost_curve import CostCurve
 from bench.timed_stage import FIRST_LETTER, HIDDEN_SIZE, NUM_LAYERS, NUM_LETTERS, TimedEngine, letters
-from bench.timed_worker import curve_flags, parse_curve
+from bench.timed_worker_flags import curve_flags, parse_curve
 from molink_common.errors import ProtocolError
 from molink_common.identity import sequence_id
 from molink_common.messages import Dtype

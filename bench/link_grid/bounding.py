@@ -1,0 +1,61 @@
+"""A cell's bound, from what the system says of its stages and what the laboratory knows of its link. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from bench.bounds import LinearCost, LinkBound, Load, PipelineBound, StepCost, payload_bytes_per_s
+from bench.cost_curve import CostCurve
+from bench.link_grid.cells import EngineKind, Setup, link_of
+from molink_common.messages import Dtype
+
+
+def pipeline_bound(setup: Setup, curve: CostCurve, status: Mapping[str, Any]) -> PipelineBound | None:
+    """The pipeline that `status` shows, as physics sees it; None while the costs of its stages are not known.
+
+    A timed stage costs what its curve says; a real one what the head has measured, while everything else ran too.
+    """
+    pipeline = status["pipelines"][0]
+    if setup.engine is EngineKind.SYNTHETIC:
+        stages: tuple[StepCost, ...] = tuple(
+            partial(_timed_s, curve, last - first) for first, last in pipeline["layers"]
+        )
+    else:
+        costs = (pipeline.get("head") or {}).get("costs") or ()
+        stages = tuple(_measured(cost) for cost in costs)
+    if len(stages) != setup.stages:
+        return None
+    spec = link_of(setup.link)
+    link = LinkBound(rate_bytes_per_s=None, one_way_s=0.0)
+    if spec is not None:
+        rate_bytes_per_s = payload_bytes_per_s(spec.rate_bit_per_s, spec.mtu_bytes)
+        link = LinkBound(rate_bytes_per_s=rate_bytes_per_s, one_way_s=spec.round_trip_s / 2)
+    return PipelineBound(
+        stages=stages,
+        links=(link,) * (setup.stages - 1),
+        return_s=link.one_way_s,
+        bytes_a_token=status["card"]["hidden_size"] * Dtype(pipeline["dtype"]).size_bytes,
+    )
+
+
+def load_of(streams: int, prompt_tokens: int, answer_tokens: int, prompt_share: float) -> Load:
+    """What the pipeline carries in a closed loop of `streams`. A stream is, on average, half through its answer."""
+    return Load(
+        sequences=streams, context_tokens=prompt_tokens + answer_tokens / 2, prompt_share=max(prompt_share, 0.0)
+    )
+
+
+def _timed_s(curve: CostCurve, layers: int, tokens: float, _sequences: float, context_tokens: float) -> float:
+    return curve.step_s(layers=layers, tokens=tokens, context_tokens=context_tokens)
+
+
+def _measured(cost: Mapping[str, Any]) -> LinearCost:
+    """No term of a physical cost is below 0; a fit's may be, where two of them cannot be told apart."""
+    return LinearCost(
+        fixed_s=max(cost["fixed_s"], 0.0),
+        per_token_s=max(cost["per_token_s"], 0.0),
+        per_sequence_s=max(cost["per_sequence_s"], 0.0),
+        per_context_token_s=max(cost["per_context_token_s"], 0.0),
+    )

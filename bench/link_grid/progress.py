@@ -1,0 +1,55 @@
+"""How far a measurement is, and how long it will take. Lines for the terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from bench.link_grid.cells import Cell
+from bench.link_grid.figures import spread_of
+from bench.link_grid.measuring import Timing
+
+_START_S = 25.0
+"""Of a system, until one has been seen."""
+
+
+class Progress:
+    """Tells of each cell, on stderr."""
+
+    def __init__(self, cells: Sequence[Cell], timing: Timing) -> None:
+        self._left = list(cells)
+        self._count = len(cells)
+        self._timing = timing
+        self._began_s = time.perf_counter()
+        self._expected_s = expected_s(cells, timing)
+        self._done_s = 0.0
+
+    def start(self) -> None:
+        """Before the first cell."""
+        say(f"{self._count} cells, about {self._expected_s / 60:.0f} min")
+
+    def done(self, cell: Cell, result: dict[str, Any]) -> None:
+        """After each cell."""
+        self._left.remove(cell)
+        taken_s = time.perf_counter() - self._began_s
+        still_s = expected_s(self._left, self._timing)
+        # what has been done tells how much slower or faster than expected it goes
+        pace = taken_s / max(self._expected_s - still_s, 1.0)
+        rate = spread_of(result, "tokens_per_s")
+        share = result.get("share_of_bound")
+        words = f"{rate} tokens/s" if rate is not None else f"failed: {result.get('error')}"
+        words += f", {share:.0%} of the bound" if share is not None else ""
+        say(f"[{self._count - len(self._left)}/{self._count}] {cell}: {words}; {still_s * pace / 60:.0f} min left")
+
+
+def expected_s(cells: Sequence[Cell], timing: Timing) -> float:
+    """How long the cells take, if nothing fails: a start for each set-up, then warming up and measuring."""
+    setups = len({cell.setup for cell in cells})
+    return setups * _START_S + len(cells) * (timing.warm_s + 2.0 + timing.runs * timing.seconds)
+
+
+def say(words: str) -> None:
+    """Show progress. Standard output is for results."""
+    print(words, file=sys.stderr, flush=True)
