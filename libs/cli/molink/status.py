@@ -15,7 +15,14 @@ from rich.table import Table
 from molink.memory import show_size
 from molink.openai_stream import response_error
 from molink_common.errors import MolinkError
-from molink_common.messages import ClusterState, HeadReport, PipelineState, WorkerState
+from molink_common.messages import (
+    ClusterState,
+    HeadReport,
+    LinkReport,
+    PipelineState,
+    StageCostReport,
+    WorkerState,
+)
 
 _TIMEOUT_S = 5.0
 
@@ -64,6 +71,9 @@ def show(state: ClusterState, console: Console) -> None:
     console.print(_workers_table(state.workers))
     if state.pipelines:
         console.print(_pipelines_table(state.pipelines))
+    links = _links_table(state)
+    if links is not None:
+        console.print(links)
 
 
 def _workers_table(workers: tuple[WorkerState, ...]) -> Table:
@@ -79,7 +89,7 @@ def _workers_table(workers: tuple[WorkerState, ...]) -> Table:
 
 def _pipelines_table(pipelines: tuple[PipelineState, ...]) -> Table:
     table = Table(title="layer map", title_justify="left", expand=False)
-    for column in ("pipeline", "layers", "KV blocks used", "sequences", "steps under way"):
+    for column in ("pipeline", "layers", "KV blocks used", "sequences", "steps under way", "plan"):
         table.add_column(column, overflow="fold")
     for pipeline in pipelines:
         table.add_row(
@@ -88,6 +98,7 @@ def _pipelines_table(pipelines: tuple[PipelineState, ...]) -> Table:
             _kv_use(pipeline.head, pipeline.block_size),
             _queue(pipeline.head),
             _under_way(pipeline),
+            _plan(pipeline),
         )
     return table
 
@@ -109,5 +120,45 @@ def _queue(head: HeadReport | None) -> str:
 
 
 def _under_way(pipeline: PipelineState) -> str:
-    now = "?" if pipeline.head is None else str(pipeline.head.steps_under_way)
-    return f"{now} of {pipeline.max_steps_under_way}"
+    return "unknown" if pipeline.head is None else str(pipeline.head.steps_under_way)
+
+
+def _plan(pipeline: PipelineState) -> str:
+    head, policy = pipeline.head, pipeline.policy
+    if head is None:
+        return "unknown"
+    how = "fixed" if policy.micro_batches is not None else str(policy.scheduling)
+    prompts = "in steps of their own" if head.separate_prefill else "with decode"
+    cycle = "" if head.cycle_s is None else f", a token every {head.cycle_s * 1e3:.0f} ms"
+    return f"{head.micro_batches} micro-batches ({how}){cycle}; prompts {prompts}, {head.chunk_tokens} tokens a chunk"
+
+
+def _links_table(state: ClusterState) -> Table | None:
+    """What each stage costs and what its link to the next one carries, as measured. None before there are two."""
+    table = Table(title="stages and links", title_justify="left", expand=False)
+    for column in ("stage", "a step takes", "link to the next", "round trip", "rate", "window", "codec"):
+        table.add_column(column, overflow="fold")
+    workers = {worker.worker: worker for worker in state.workers}
+    for pipeline in state.pipelines:
+        costs = pipeline.head.costs if pipeline.head is not None else ()
+        for index, name in enumerate(pipeline.stages):
+            stage = workers[name].stage if name in workers else None
+            cost = _cost(costs[index]) if index < len(costs) else "not measured yet"
+            link = _link_cells(stage.link) if stage is not None and stage.link is not None else [""] * 5
+            table.add_row(f"{index}: {name}", cost, *link)
+    return table if table.row_count > 1 else None
+
+
+def _cost(cost: StageCostReport) -> str:
+    per_token, per_sequence = cost.per_token_s * 1e3, cost.per_sequence_s * 1e3
+    return f"{cost.fixed_s * 1e3:.1f} ms + {per_token:.2f} ms a token + {per_sequence:.2f} ms a sequence"
+
+
+def _link_cells(link: LinkReport) -> list[str]:
+    return [
+        f"{show_size(link.sent_bytes)} sent, {show_size(link.queued_bytes)} waiting",
+        "not measured yet" if link.round_trip_s is None else f"{link.round_trip_s * 1e3:.1f} ms",
+        "not measured yet" if link.rate_bytes_per_s is None else f"{link.rate_bytes_per_s * 8 / 1e6:.1f} Mbit/s",
+        show_size(link.window_bytes) if link.window_bytes else "none",
+        f"{link.codec} ({link.exactness})",
+    ]
