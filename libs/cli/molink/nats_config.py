@@ -7,7 +7,7 @@ A site's broker joins the others in one of two ways:
 - by **cluster routes**: every broker dials every other one, and a message goes straight from site to site.
 
 A configuration is written as JSON, which nats-server reads: quoting is then nobody's business but `json`'s.
-It needs nats-server 2.10 or later.
+Every option is known to nats-server from 2.11 on.
 """
 
 from __future__ import annotations
