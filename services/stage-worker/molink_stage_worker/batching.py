@@ -98,7 +98,8 @@ class Batcher:
             if self._under_way[older].traffic is step.traffic:
                 self.on_lost(older)
         self._take_off(tokens.step)
-        self._free(self._departures.step_returned(tokens.step, step.traffic, step.closes))
+        for number in self._departures.step_returned(tokens.step, step.traffic, step.closes):
+            self._blocks.release(number)
         missing = dict.fromkeys(step.wanted)
         for event in tokens.events:
             missing.pop(event.sequence, None)
@@ -216,14 +217,12 @@ class Batcher:
                 self._fail(sequence)  # it grew until not even the whole memory holds it
                 continue
             # its former life must have left the stages before it starts anew, else a token could be drawn twice
-            has_left = not self._departures.is_leaving(sequence.number)
-            if not has_left or self._blocks.num_free - needed < len(self._running):
+            if self._departures.is_leaving(sequence.number) or self._blocks.num_free - needed < len(self._running):
                 return
             del self._waiting[0]
             most = len(sequence.prompt) + sequence.options.max_tokens
-            sequence.unsent_blocks.extend(
-                self._blocks.take(sequence.number, needed, expected=self._blocks_for(most)),
-            )
+            taken = self._blocks.take(sequence.number, needed, expected=self._blocks_for(most))
+            sequence.unsent_blocks.extend(taken)
             self._running[sequence.id] = sequence
 
     def _turns(self) -> tuple[Traffic, ...]:
@@ -231,11 +230,8 @@ class Batcher:
         if not self.plan.separate_prefill:
             return (Traffic.DECODE,) if self._counts[Traffic.DECODE] < self.plan.micro_batches else ()
         # decode first; but once a cycle a chunk may go, so that prompts get on however busy the head is
-        classes = (
-            (Traffic.BULK, Traffic.DECODE)
-            if self._decode_steps_in_a_row >= self.plan.micro_batches
-            else (Traffic.DECODE, Traffic.BULK)
-        )
+        is_bulk_first = self._decode_steps_in_a_row >= self.plan.micro_batches
+        classes = (Traffic.BULK, Traffic.DECODE) if is_bulk_first else (Traffic.DECODE, Traffic.BULK)
         most = {Traffic.DECODE: self.plan.micro_batches, Traffic.BULK: self.plan.chunks_under_way}
         return tuple(traffic for traffic in classes if self._counts[traffic] < most[traffic])
 
@@ -304,9 +300,8 @@ class Batcher:
             if self._departures.awaits(traffic) and not self._counts[traffic]:
                 return self._commit({}, traffic)
         # closes alone are worth a step only if no other will carry them soon
-        if self._under_way or not self._departures.has_closes:
-            return None
-        return self._commit({}, self._departures.class_to_close())
+        traffic = None if self._under_way else self._departures.class_to_close()
+        return None if traffic is None else self._commit({}, traffic)
 
     def _commit(self, chosen: dict[str, int], traffic: Traffic) -> StepPlan:
         entries: list[Entry] = []
@@ -402,8 +397,4 @@ class Batcher:
         )
         sequence.forget_stages()
         if self._departures.leave(leaving):
-            self._free([leaving.number])
-
-    def _free(self, numbers: list[int]) -> None:
-        for number in numbers:
-            self._blocks.release(number)
+            self._blocks.release(leaving.number)

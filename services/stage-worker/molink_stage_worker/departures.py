@@ -42,11 +42,6 @@ class Departures:
         """Of the sequences whose blocks are still taken."""
         return tuple(self._leaving)
 
-    @property
-    def has_closes(self) -> bool:
-        """Whether something is to be closed."""
-        return any(self._closes.values())
-
     def is_leaving(self, number: int) -> bool:
         """Whether the sequence's former life has not left yet."""
         return number in self._leaving
@@ -90,9 +85,9 @@ class Departures:
         closes, self._closes[traffic] = self._closes[traffic], {}
         return closes
 
-    def class_to_close(self) -> Traffic:
-        """By which class a step that only closes should go."""
-        return Traffic.DECODE if self._closes[Traffic.DECODE] else Traffic.BULK
+    def class_to_close(self) -> Traffic | None:
+        """By which class a step that only closes should go; None: there is nothing to close."""
+        return next((traffic for traffic, closes in self._closes.items() if closes), None)
 
     def _close(self, leaving: Leaving) -> None:
         if leaving.opened_by is not None:
