@@ -90,6 +90,12 @@ async def reaches(sender: NatsBus, heard: asyncio.Queue[bytes], data: bytes = b"
                 return await asyncio.wait_for(heard.get(), 0.3)
 
 
+async def until_heard(heard: asyncio.Queue[bytes], data: bytes) -> None:
+    async with asyncio.timeout(15):
+        while await heard.get() != data:
+            pass
+
+
 @pytest.fixture
 def leaf_door() -> LeafDoor:
     return LeafDoor(host="127.0.0.1", port=free_port(), credentials=POOL)
@@ -231,3 +237,67 @@ def children_named(words: str) -> list[int]:
             if words.encode() in command.read_bytes():
                 found.append(int(command.parent.name))
     return found
+
+
+class CountingWire:
+    """A wire to the hub that counts the bytes on it, in both directions together."""
+
+    def __init__(self, hub_port: int) -> None:
+        self._hub_port = hub_port
+        self.num_bytes = 0
+        self.port = 0
+
+    @contextlib.asynccontextmanager
+    async def laid(self) -> AsyncIterator[CountingWire]:
+        async with asyncio.TaskGroup() as group:
+            connections: list[asyncio.Task[None]] = []
+
+            def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                connections.append(group.create_task(self._carry(reader, writer)))
+
+            server = await asyncio.start_server(accept, "127.0.0.1", 0)
+            self.port = server.sockets[0].getsockname()[1]
+            try:
+                yield self
+            finally:
+                server.close()
+                for connection in connections:
+                    connection.cancel()
+
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        hub_reader, hub_writer = await asyncio.open_connection("127.0.0.1", self._hub_port)
+        try:
+            with contextlib.suppress(ConnectionError):  # a server that stops resets it
+                await asyncio.gather(self._pump(reader, hub_writer), self._pump(hub_reader, writer))
+        finally:
+            writer.close()
+            hub_writer.close()
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(1 << 16):
+            self.num_bytes += len(data)
+            writer.write(data)
+            await writer.drain()
+
+
+async def test_what_is_local_stays_and_what_is_not_crosses_once(tmp_path: Path, leaf_door: LeafDoor) -> None:
+    frame = bytes(1 << 20)
+    with hub(tmp_path, leaf_door) as server:
+        async with (
+            CountingWire(leaf_door.port).laid() as wire,
+            broker(tmp_path, hub=(f"127.0.0.1:{wire.port}",), credentials=POOL) as leaf,
+            client(server.url) as there,
+            client(server.url) as there_too,
+            client(leaf.plan.client_url, POOL) as here,
+            client(leaf.plan.client_url, POOL) as beside,
+        ):
+            await leaf.until_said("connected with the hub")
+            assert await reaches(here, await listen(beside, "local"), frame, subject="local") == frame
+            assert wire.num_bytes < len(frame) // 10
+            first, second = await listen(there, "far"), await listen(there_too, "far")
+            await reaches(here, first, subject="far")  # by now the leaf knows that somebody listens there
+            before = wire.num_bytes
+            await here.publish("far", frame)
+            await until_heard(first, frame)
+            await until_heard(second, frame)
+            assert len(frame) <= wire.num_bytes - before < 1.1 * len(frame)
