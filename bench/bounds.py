@@ -19,13 +19,16 @@ Every part is a lower bound of the time, so that the quotient is an upper bound 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
 StepCost = Callable[[float, float, float], float]
 """Seconds of a step, from its tokens, its sequences and the tokens of context behind them. Convex, growing."""
 
+_MOST_ROUNDS = 200
+_EXACT = 1e-9
 _HEADERS_BYTES = 52
 """IPv4 and TCP with timestamps."""
 
@@ -97,9 +100,11 @@ class Load:
     """Mean tokens behind each of them."""
     prompt_share: float = 0.0
     """Tokens of prompts to prefill for each token decoded; a prompt's last token counts as decoded."""
+    prompt_tokens_per_s: float = 0.0
+    """Of prompts that come by the clock, however fast the others decode."""
 
     def __post_init__(self) -> None:
-        if self.sequences < 1 or min(self.context_tokens, self.prompt_share) < 0:
+        if self.sequences < 1 or min(self.context_tokens, self.prompt_share, self.prompt_tokens_per_s) < 0:
             raise ValueError(f"no load is like this: {self}")
 
 
@@ -137,7 +142,7 @@ def with_micro_batches(pipeline: PipelineBound, load: Load, count: int) -> Bound
     if not 1 <= count <= load.sequences:
         raise ValueError(f"{count} micro-batches of {load.sequences} sequences")
     times = {
-        Limit.STAGE: count * max(_steps_s(pipeline.stages, load, count, prompt_share=load.prompt_share)),
+        Limit.STAGE: max(_stage_s(cost, load, count) for cost in pipeline.stages),
         Limit.LINK: _busiest_link_s(pipeline, load),
         Limit.RING: ring_s(pipeline, load, count),
     }
@@ -149,17 +154,35 @@ def with_micro_batches(pipeline: PipelineBound, load: Load, count: int) -> Bound
 
 def ring_s(pipeline: PipelineBound, load: Load, count: int) -> float:
     """R: how long a micro-batch of decode tokens, one of `count`, takes once round when it never waits."""
-    size_bytes = load.sequences / count * pipeline.bytes_a_token
-    on_links_s = sum(link.one_way_s + link.transmit_s(size_bytes) for link in pipeline.links)
-    return sum(_steps_s(pipeline.stages, load, count, prompt_share=0.0)) + on_links_s + pipeline.return_s
-
-
-def _steps_s(stages: Sequence[StepCost], load: Load, count: int, *, prompt_share: float) -> list[float]:
     sequences = load.sequences / count
-    tokens = sequences * (1 + prompt_share)
-    return [cost(tokens, sequences, sequences * load.context_tokens) for cost in stages]
+    size_bytes = sequences * pipeline.bytes_a_token
+    on_links_s = sum(link.one_way_s + link.transmit_s(size_bytes) for link in pipeline.links)
+    computing_s = sum(cost(sequences, sequences, sequences * load.context_tokens) for cost in pipeline.stages)
+    return computing_s + on_links_s + pipeline.return_s
+
+
+def _stage_s(cost: StepCost, load: Load, count: int) -> float:
+    """The least cycle in which a stage can do a cycle's work; infinite if prompts come faster than it computes them.
+
+    A longer cycle brings more of the prompts that come by the clock. From below, the times approach the cycle in
+    which both are equal, and none of them is longer than it.
+    """
+    sequences = load.sequences / count
+    cycle_s = 0.0
+    for _ in range(_MOST_ROUNDS):
+        tokens = sequences * (1 + load.prompt_share) + load.prompt_tokens_per_s * cycle_s / count
+        longer_s = count * cost(tokens, sequences, sequences * load.context_tokens)
+        if longer_s <= cycle_s * (1 + _EXACT):
+            return longer_s
+        cycle_s = longer_s
+    return math.inf
 
 
 def _busiest_link_s(pipeline: PipelineBound, load: Load) -> float:
+    """The least cycle in which every link can carry a cycle's bytes; infinite if prompts alone fill one."""
     cycle_bytes = load.sequences * (1 + load.prompt_share) * pipeline.bytes_a_token
-    return max((link.transmit_s(cycle_bytes) for link in pipeline.links), default=0.0)
+    times_s = [0.0]
+    for link in pipeline.links:
+        left = 1.0 - link.transmit_s(load.prompt_tokens_per_s * pipeline.bytes_a_token)
+        times_s.append(link.transmit_s(cycle_bytes) / left if left > 0 else math.inf)
+    return max(times_s)

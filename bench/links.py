@@ -38,8 +38,8 @@ from molink_common.errors import MolinkError
 _COUNTS = ("1", "2", "3", "4", "6", "8", "12", "16")
 
 
-async def run_grid(arguments: argparse.Namespace) -> None:
-    """Measure what has not been measured yet; then write table and plots of everything."""
+async def run_grid(arguments: argparse.Namespace) -> bool:
+    """Measure what has not been measured yet; then write table and plots of everything. Whether nothing failed."""
     timing = timing_of(arguments, Timing())
     about = {"timing": asdict(timing), "curve": asdict(CostCurve()), "assumed_link_mbit": arguments.assumed_link_mbit}
     results = Results(arguments.out / "links.json", about, resume=arguments.resume)
@@ -50,19 +50,20 @@ async def run_grid(arguments: argparse.Namespace) -> None:
     files = save_plots(results.cells, arguments.out)
     print(text)
     print("written:", *(str(file) for file in (arguments.out / "links.json", arguments.out / "links.md", *files)))
+    return not any("error" in result for result in results.cells)
 
 
-async def run_case(arguments: argparse.Namespace) -> None:
-    """Measure the case's cells and print its summary."""
+async def run_case(arguments: argparse.Namespace) -> bool:
+    """Measure the case's cells and print its summary. Whether nothing failed."""
     results: list[dict[str, Any]] = []
     timing = timing_of(arguments, wan30.TIMING)
     await measure(wan30.CELLS, timing, arguments.assumed_link_mbit, results.append)
     if not arguments.json:
         print(grid_tables(results))
     found = wan30.summary(results)
-    print(
-        orjson.dumps(found if arguments.json else {name: found[name] for name in found if name != "figures"}).decode()
-    )
+    shown = found if arguments.json else {name: found[name] for name in found if name != "figures"}
+    print(orjson.dumps(shown).decode())
+    return not any("error" in result for result in results)
 
 
 async def measure(
@@ -154,14 +155,14 @@ def main(argv: Sequence[str]) -> int:
     """Run; gives the exit code."""
     arguments = parse(argv)
     try:
-        asyncio.run(run_case(arguments) if arguments.case else run_grid(arguments))
+        is_whole = asyncio.run(run_case(arguments) if arguments.case else run_grid(arguments))
     except (KeyboardInterrupt, asyncio.CancelledError):
         say("ended early" + ("; go on with --resume" if arguments.grid else ""))
         return 130
     except (MolinkError, ValueError) as error:
         say(f"bench.links: {error}")
         return 1
-    return 0
+    return 0 if is_whole else 1
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from typing import Any
 from bench.bounds import LinearCost, LinkBound, Load, PipelineBound, StepCost, payload_bytes_per_s
 from bench.cost_curve import CostCurve
 from bench.link_grid.cells import EngineKind, Setup, link_of
+from bench.link_grid.figures import WindowFigures
+from bench.link_grid.steady_load import LoadShape
 from molink_common.messages import Dtype
 
 
@@ -40,10 +42,13 @@ def pipeline_bound(setup: Setup, curve: CostCurve, status: Mapping[str, Any]) ->
     )
 
 
-def load_of(streams: int, prompt_tokens: int, answer_tokens: int, prompt_share: float) -> Load:
-    """What the pipeline carries in a closed loop of `streams`. A stream is, on average, half through its answer."""
+def load_of(shape: LoadShape, seen: WindowFigures) -> Load:
+    """What the pipeline carried. In a closed loop a stream is, on average, half through its answer."""
     return Load(
-        sequences=streams, context_tokens=prompt_tokens + answer_tokens / 2, prompt_share=max(prompt_share, 0.0)
+        sequences=shape.streams,
+        context_tokens=shape.prompt_tokens + shape.answer_tokens / 2,
+        prompt_share=seen.prompt_share,
+        prompt_tokens_per_s=seen.newcomer_tokens_per_s,
     )
 
 

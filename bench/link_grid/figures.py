@@ -28,7 +28,9 @@ class WindowFigures:
     gap_max_s: float | None
     ttft_p50_s: float | None
     prompt_share: float
-    """Prompt tokens prefilled for each token of the streams; a prompt's last token counts as decoded."""
+    """Of the streams' own prompts: tokens prefilled for each token decoded; a prompt's last token is decoded."""
+    newcomer_tokens_per_s: float
+    """Of the long prompts: tokens prefilled a second."""
     newcomer_ttfts_s: tuple[float, ...]
     """Of the long prompts whose first token came in the window."""
 
@@ -57,7 +59,6 @@ def window_figures(
             if trace.num_tokens > 1:
                 tpots.append((last_s - first_s) / (trace.num_tokens - 1))
     come = [one for one in newcomers if one.arrivals and start_s <= one.arrivals[0][0] < end_s]
-    prefilled += sum(one.prompt_tokens - 1 for one in come)
     return WindowFigures(
         tokens_per_s=tokens / (end_s - start_s),
         requests=requests,
@@ -68,6 +69,7 @@ def window_figures(
         gap_max_s=max(gaps, default=None),
         ttft_p50_s=_percentile(ttfts, 0.5),
         prompt_share=prefilled / tokens if tokens else 0.0,
+        newcomer_tokens_per_s=sum(one.prompt_tokens for one in come) / (end_s - start_s),
         newcomer_ttfts_s=tuple(one.arrivals[0][0] - one.started_s for one in come),
     )
 

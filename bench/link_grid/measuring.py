@@ -155,9 +155,8 @@ def _bound(
     pipeline = pipeline_bound(cell.setup, curve, status)
     if pipeline is None:
         return None
-    shape = load.shape
-    carried = load_of(cell.concurrency, shape.prompt_tokens, shape.answer_tokens, whole.prompt_share)
-    return asdict(best(pipeline, carried))
+    bound = best(pipeline, load_of(load.shape, whole))
+    return asdict(bound) if bound.tokens_per_s > 0 else None  # 0: its prompts were carried before the window began
 
 
 def _stages(status: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -42,15 +42,18 @@ def _save(results: Sequence[dict[str, Any]], title: str, file: Path) -> None:
             axis = axes[row][column]
             for policy in policies:
                 _draw_line(axis, [one for one in here if one["policy"] == policy], policy, name, scale)
-            axis.set_ylim(bottom=0)
-            axis.set_xscale("log", base=2)
             if column == 0:
                 axis.set_ylabel(words)
         _draw_bound(axes[0][column], [one for one in here if one["policy"] == policies[0]])
         axes[0][column].set_title(link)
         axes[-1][column].set_xlabel("streams")
-        counts = sorted({one["concurrency"] for one in here})
-        axes[-1][column].set_xticks(counts, [str(count) for count in counts])
+        for axis in (row[column] for row in axes):
+            axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
+    counts = sorted({one["concurrency"] for one in results})
+    last = axes[-1][-1]  # the others share its x axis
+    last.set_xscale("log", base=2)
+    last.set_xlim(counts[0] / 1.5, counts[-1] * 1.5)
+    last.set_xticks(counts, [str(count) for count in counts])
     axes[0][0].legend()
     figure.savefig(file, dpi=120)
 

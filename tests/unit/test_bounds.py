@@ -81,6 +81,20 @@ def test_prompts_take_link_and_stage_but_not_ring() -> None:
     assert best(far, load).tokens_per_s == best(far, laden).tokens_per_s
 
 
+def test_prompts_that_come_by_the_clock_take_their_part_whatever_the_rest_does() -> None:
+    slow = two_stages(linear(0.001), LinkBound(rate_bytes_per_s=1e6, one_way_s=0.0), bytes_a_token=10_000)
+    # 100 tokens a second fit; 40 are taken
+    assert best(slow, Load(sequences=10, prompt_tokens_per_s=40)).tokens_per_s == pytest.approx(60)
+    # one stage, 1 ms a token: 1000 a second fit, 300 are taken
+    busy = two_stages(linear(0.0, per_token_s=0.001), NO_LINK)
+    assert best(busy, Load(sequences=10, prompt_tokens_per_s=300)).tokens_per_s == pytest.approx(700)
+    # together with prompts of one's own, as many as there are tokens
+    both = Load(sequences=10, prompt_tokens_per_s=300, prompt_share=1.0)
+    assert best(busy, both).tokens_per_s == pytest.approx(350)
+    for more_than_fits in (Load(sequences=1, prompt_tokens_per_s=1001), Load(sequences=1, prompt_tokens_per_s=1e9)):
+        assert best(busy, more_than_fits).tokens_per_s == 0.0
+
+
 def test_the_slowest_of_unequal_stages_counts() -> None:
     pipeline = PipelineBound(
         stages=(linear(0.001), linear(0.020), linear(0.001)),
