@@ -70,6 +70,20 @@ class TunLink:
         self._process = process
         self._turn = asyncio.Lock()
 
+    async def until_ready(self) -> None:
+        """Return once its devices exist.
+
+        Raises:
+            LabError: it says why it cannot make them, or nothing in time.
+        """
+        assert self._process.stdout is not None and self._process.stderr is not None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+                if await self._process.stdout.readline() == b"ready\n":
+                    return
+                raise LabError(f"the link emulator ended: {(await self._process.stderr.read()).decode().strip()}")
+        raise LabError("the link emulator does not start")
+
     async def shape(self, spec: LinkSpec, direction: Direction) -> None:
         """Takes effect for packets that have not begun to be sent."""
         for name, value in shape_words(spec).items():
@@ -132,10 +146,7 @@ async def open_tun_link(a: End, b: End, spec: LinkSpec, *, seed: int) -> TunLink
     )
     link = TunLink(process)
     try:
-        assert process.stdout is not None and process.stderr is not None
-        async with asyncio.timeout(_ANSWER_TIMEOUT_S):
-            if (await process.stdout.readline()).strip() != b"ready":
-                raise LabError(f"the link emulator ended: {(await process.stderr.read()).decode().strip()}")
+        await link.until_ready()
         for end in (a, b):
             _bring_up(end)
     except BaseException:

@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bench.netlab.nats_config import CLIENT_PORT
 from bench.netlab.topology import Topology
+from molink.nats_config import CLIENT_PORT
 from molink.parts import Kind
 
 GATEWAY_PORT = 8000
 REDIS_PORT = 6379
+STAGE_WORKER = "molink_stage_worker"
 _WORKER_STOP_TIMEOUT_S = 8.0
 _GATEWAY_STOP_TIMEOUT_S = 8.0
 
@@ -38,7 +39,7 @@ class ServingOptions:
     scheduler_flags: tuple[str, ...] = ()
     gateway_flags: tuple[str, ...] = ()
     worker_flags: tuple[str, ...] = ()
-    worker_module: str = "molink_stage_worker"
+    worker_module: str = STAGE_WORKER
     worker_memory_bytes: int = 4 << 30
     """Of each worker, unless its flags say otherwise. Equal shares keep the stages equal and in order."""
 
@@ -107,6 +108,15 @@ def parts_of(topology: Topology, options: ServingOptions, address_of: Callable[[
             )
             for number, worker in enumerate(topology.workers)
         ),
+    ]
+
+
+def failed_stages(status: Mapping[str, Any]) -> list[str]:
+    """A sentence for each worker that cannot load its layers, in what ``GET /molink/status`` answers."""
+    return [
+        f"{worker['worker']} cannot load its layers: {worker['stage']['problem']}"
+        for worker in status["workers"]
+        if worker["stage"] is not None and worker["stage"]["phase"] == "failed"
     ]
 
 

@@ -23,7 +23,16 @@ import httpx
 
 from bench.netlab.lab import Lab, open_lab
 from bench.netlab.nats_config import nats_config
-from bench.netlab.parts import GATEWAY_PORT, PlacedPart, ServingOptions, parts_of, stages_of, worker_id
+from bench.netlab.parts import (
+    GATEWAY_PORT,
+    STAGE_WORKER,
+    PlacedPart,
+    ServingOptions,
+    failed_stages,
+    parts_of,
+    stages_of,
+    worker_id,
+)
 from bench.netlab.registry import LabError
 from bench.netlab.topology import Topology
 from molink.embedded import find_nats_server, find_redis_server, is_listening
@@ -42,7 +51,9 @@ class DidNotServe(LabError):
 class ServingSystem:
     """A system that answers. Made by `serving`."""
 
-    def __init__(self, lab: Lab, parts: Sequence[PlacedPart], folder: Path, leash: Leash, extra: Mapping[str, str]):
+    def __init__(
+        self, lab: Lab, parts: Sequence[PlacedPart], folder: Path, leash: Leash, extra: Mapping[str, str]
+    ) -> None:
         self.lab = lab
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         """By name: ``nats-a``, ``redis``, ``scheduler``, ``gateway``, ``w0``, ``w1`` …"""
@@ -136,9 +147,16 @@ class ServingSystem:
                     if answer.status_code == httpx.codes.OK:
                         return
                     reason = answer.text
+                    if failed := failed_stages(await self._status_if_any(client)):
+                        raise DidNotServe("; ".join(failed))
                 except httpx.TransportError as error:
                     reason = str(error) or type(error).__name__
                 await self._wait_on(f"not ready: {reason}", deadline_s)
+
+    async def _status_if_any(self, client: httpx.AsyncClient) -> dict[str, Any]:
+        answer = await client.get(f"{self.url}/molink/status")
+        body: dict[str, Any] = answer.json() if answer.status_code == httpx.codes.OK else {"workers": []}
+        return body
 
     async def _wait_on(self, problem: str, deadline_s: float) -> None:
         """A short pause, as neither ports nor HTTP can tell us; or the end of waiting."""
@@ -180,7 +198,7 @@ async def serving(
     scheduler_flags: Sequence[str] = (),
     gateway_flags: Sequence[str] = (),
     worker_flags: Sequence[str] = (),
-    worker_module: str = "molink_stage_worker",
+    worker_module: str = STAGE_WORKER,
     environment: Mapping[str, str] | None = None,
     ready_timeout_s: float = 300.0,
 ) -> AsyncIterator[ServingSystem]:
@@ -199,9 +217,9 @@ async def serving(
         worker_flags=tuple(worker_flags),
         worker_module=worker_module,
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    if worker_module == ServingOptions.worker_module:
-        await _prepare(model, folder / "model.log", environment or {})
+    folder.mkdir(parents=True, exist_ok=True)  # noqa: ASYNC240  nothing else runs yet
+    if worker_module == STAGE_WORKER:
+        await _prepare(model, environment or {})
     async with open_lab(topology) as lab:
         parts = parts_of(topology, options, lab.link_address)
         with Leash() as leash:
@@ -218,19 +236,19 @@ async def serving(
                 await system.stop()
 
 
-async def _prepare(model: str, log: Path, extra: Mapping[str, str]) -> None:
+async def _prepare(model: str, extra: Mapping[str, str]) -> None:
     """Fetch and convert the model here, outside: the hosts have no way to the Internet."""
-    with log.open("wb") as out:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "molink_stage_worker.models", "--", model),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=out,
-            stderr=out,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **extra},
-        )
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "molink_stage_worker.models", "--", model),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **extra},
+    )
     try:
-        if await process.wait() != 0:
-            raise DidNotServe(f"the model cannot be had: {log.read_text(errors='replace')[-500:]}")
+        said, _ = await process.communicate()
+        if process.returncode != 0:
+            raise DidNotServe(f"the model cannot be had: {said.decode(errors='replace')[-500:]}")
     finally:
         if process.returncode is None:
             process.kill()

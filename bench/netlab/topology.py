@@ -1,4 +1,4 @@
-"""Which hosts there are, how they are joined, and which part of the system runs where. Values only; nothing is made here.
+"""Which hosts there are, how they are joined, and which part of the system runs where. Values only.
 
 A `Topology` is valid from birth: what cannot work is refused with a sentence.
 """
