@@ -47,6 +47,11 @@ class Lab:
         """As it was made; changes of links are not in it."""
         return self._plan.topology
 
+    @property
+    def number(self) -> int:
+        """Its own among the laboratories that run on this machine."""
+        return self._plan.number
+
     def command(self, host: str, argv: Sequence[str]) -> list[str]:
         """`argv`, run on a host. The process is the command itself: signals reach it."""
         return ["ip", "netns", "exec", self._plan.namespace(self.topology.host(host).name), *argv]
@@ -85,6 +90,10 @@ class Lab:
         """From `a` to `b` and back; None where the link is not ours to count."""
         found = await self._link(a, b).counters()
         return found if found is None or a < b else found[::-1]
+
+    def emulator_cpu_s(self, a: str, b: str) -> float | None:
+        """Processor time that emulating the link has taken; None where the kernel carries it."""
+        return self._link(a, b).cpu_s()
 
     def _link(self, a: str, b: str) -> Link:
         self.topology.link(a, b)

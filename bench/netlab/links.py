@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 from bench.netlab.build import tunlink_binary
@@ -59,6 +61,9 @@ class Link(Protocol):
     async def counters(self) -> tuple[Counters, Counters] | None:
         """Both directions; None where nobody counts."""
 
+    def cpu_s(self) -> float | None:
+        """Processor time of the emulator so far; None without one."""
+
     async def close(self) -> None:
         """End what carries it."""
 
@@ -102,6 +107,12 @@ class TunLink:
         lines = await self._order("stats")
         there, back = (read_counters(line) for line in lines)
         return there, back
+
+    def cpu_s(self) -> float | None:
+        """User and system time."""
+        # proc(5): the fields after the name, which is in parentheses; utime and stime are the 14th and 15th of all
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     async def _order(self, command: str) -> list[str]:
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -192,6 +203,10 @@ class VethLink:
 
     async def counters(self) -> tuple[Counters, Counters] | None:
         """None: the kernel keeps them."""
+        return None
+
+    def cpu_s(self) -> float | None:
+        """None: no process carries it."""
         return None
 
     async def close(self) -> None:

@@ -79,7 +79,7 @@ def clean() -> list[str]:
     """
     removed: list[str] = []
     for number in range(MOST_LABS):
-        if (_LOCKS / f"{number}.lock").exists() or _namespaces(number) or _devices(number):
+        if (_LOCKS / f"{number}.lock").exists() or namespaces_of(number) or _devices(number):
             with _lock(number) as is_ours:
                 if is_ours:
                     removed += _remove(number)
@@ -104,7 +104,8 @@ def _lock(number: int) -> Iterator[bool]:
         os.close(file)
 
 
-def _namespaces(number: int) -> list[str]:
+def namespaces_of(number: int) -> list[str]:
+    """The names of the namespaces that bear a laboratory's number now."""
     return sorted(path.name for path in _NAMESPACES.glob(f"{namespace_prefix(number)}*"))
 
 
@@ -115,7 +116,7 @@ def _devices(number: int) -> list[str]:
 def _remove(number: int) -> list[str]:
     """Everything that bears the number: processes, then devices, then namespaces."""
     assert PREFIX in namespace_prefix(number)
-    names = _namespaces(number)
+    names = namespaces_of(number)
     for name in names:
         for pid in run_tool("ip", "netns", "pids", name).split():
             with contextlib.suppress(ProcessLookupError):
