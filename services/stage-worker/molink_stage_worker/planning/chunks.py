@@ -28,7 +28,7 @@ def separates(machine: Machine, *, step_tokens: int, cycle_s: float, is_separate
     They do when a full step's prompt tokens would hold its decode tokens up on the slowest link for longer than a
     tenth of a cycle. Once they are apart, they stay so until it is half of that.
     """
-    rate = machine.rate_bytes_per_s
+    rate = machine.links.rate_bytes_per_s
     if rate is None:
         return False
     allowed_s = max(_DELAY_SHARE * cycle_s, _LEAST_DELAY_S)
@@ -88,16 +88,15 @@ def chunks_under_way(machine: Machine, *, chunk_tokens: int, context_tokens: int
     The way round over what a chunk takes there, and one more. A stage has for chunks what decode leaves it.
     """
     slowest_s = 0.0
-    ring_s = machine.latency_s
+    payload_bytes = chunk_tokens * machine.token_bytes
+    ring_s = machine.links.time_s(payload_bytes)
     for index, curve in enumerate(machine.stages):
         decode_share = 0.0 if cycle is None or cycle.cycle_s <= 0 else cycle.stages_s[index] / cycle.cycle_s
         stage_s = curve.compute_s(chunk_tokens, 1, context_tokens) / max(1.0 - decode_share, _LEAST_FREE_SHARE)
         slowest_s = max(slowest_s, stage_s)
         ring_s += stage_s
-    payload_bytes = chunk_tokens * machine.token_bytes
-    ring_s += payload_bytes * machine.s_per_byte
-    if machine.rate_bytes_per_s is not None:
-        slowest_s = max(slowest_s, payload_bytes / machine.rate_bytes_per_s)
+    if machine.links.rate_bytes_per_s is not None:
+        slowest_s = max(slowest_s, payload_bytes / machine.links.rate_bytes_per_s)
     if ring_s >= slowest_s * MOST_CHUNKS_UNDER_WAY:
         return MOST_CHUNKS_UNDER_WAY
     return min(max(ceil(ring_s / slowest_s) + 1, len(machine.stages)), MOST_CHUNKS_UNDER_WAY)

@@ -9,23 +9,21 @@ from molink_common.messages import PipelinePolicy, Scheduling
 from molink_common.wire import MAX_STEP_TOKENS, Traffic
 from molink_stage_worker.batch_plan import BatchPlan
 from molink_stage_worker.planning import chunks
-from molink_stage_worker.planning.cycle import Bottleneck, Cycle, Machine, best, distinct_counts, predict
+from molink_stage_worker.planning.choice import MicroBatchChoice
+from molink_stage_worker.planning.cycle import Bottleneck, Cycle, Machine, predict
 from molink_stage_worker.planning.observation import Demand, PlannerReport, StepObservation
 from molink_stage_worker.planning.published import published_micro_batches
-from molink_stage_worker.planning.ring import RingEstimator
+from molink_stage_worker.planning.ring import NO_LINKS, Links, RingEstimator
 from molink_stage_worker.planning.stage_cost import StageEstimator
 
 WHOLE_PROMPT = MAX_STEP_TOKENS
 _PLANS_EVERY_S = 0.25
 _DEMAND_CHANGE = 0.25
-_TIE = 0.02
-_LEAST_GAIN = 0.03
-_CHANGES_EVERY_S = 1.0
-_CHANGES_EVERY_CYCLES = 3.0
 _PROMPT_SHARE_OVER_S = 3.0
 _MOST_PROMPT_SHARE = 0.7
 _LEAST_PROMPT_SHARE = 0.01
-_CHUNK_CHANGE = 1.3
+_CHUNK_CHANGE = 1.4
+_CHUNK_REST_S = 3.0
 
 
 class Planner:
@@ -59,9 +57,8 @@ class Planner:
         self._plan = self._default_plan()
         self._planned_at_s: float | None = None
         self._planned_for: Demand | None = None
-        self._chosen_at_s: float | None = None
-        self._chosen_for = 0
-        """Sequences that decoded when the micro-batches were chosen."""
+        self._cut_at_s = 0.0
+        self._choice = MicroBatchChoice(self._plan.micro_batches)
 
     def on_step(self, step: StepObservation, now_s: float) -> None:
         """A step came back. Steps of another number of stages (an older pipeline's) or without tokens say nothing."""
@@ -84,7 +81,7 @@ class Planner:
 
     def on_link(self, rate_bytes_per_s: float | None, round_trip_s: float | None) -> None:
         """What the sender of the head's own link has measured. None: not known."""
-        self._ring.on_link(rate_bytes_per_s, round_trip_s)
+        self._ring.on_link(rate_bytes_per_s)
 
     def plan(self, demand: Demand, now_s: float) -> BatchPlan:
         """How to form steps now.
@@ -100,13 +97,14 @@ class Planner:
 
     def report(self) -> PlannerReport:
         """What the planner believes."""
+        links = self._links()
         costs = [cost for stage in self._stages if (cost := stage.report()) is not None]
         return PlannerReport(
             cycle_s=None if self._cycle is None else self._cycle.cycle_s,
             bottleneck=self._bottleneck(),
             costs=tuple(costs) if len(costs) == self._num_stages else (),
-            link_latency_s=self._ring.latency_s,
-            link_s_per_byte=self._ring.s_per_byte if self._ring.is_slope_known else None,
+            link_latency_s=None if links is None else links.latency_s,
+            link_s_per_byte=None if links is None else links.s_per_byte,
         )
 
     # --- deciding --------------------------------------------------------------------------------------------
@@ -167,9 +165,7 @@ class Planner:
                 size=-(-demand.decoding // micro_batches),
                 latency_target_s=self._latency_target_s,
             )
-        before = self._plan.chunk_tokens
-        is_near = before <= _CHUNK_CHANGE * wanted and wanted <= _CHUNK_CHANGE * before
-        chunk_tokens = before if is_near and separate == self._plan.separate_prefill else wanted
+        chunk_tokens = self._damped(wanted, separate, now_s)
         return BatchPlan(
             micro_batches=micro_batches,
             chunk_tokens=chunk_tokens,
@@ -182,27 +178,30 @@ class Planner:
             separate_prefill=separate,
         )
 
+    def _damped(self, wanted: int, separate: bool, now_s: float) -> int:
+        """The chunk size to have when `wanted` would be best: a new one only now and then, and for a real gain."""
+        before = self._plan.chunk_tokens
+        if separate == self._plan.separate_prefill:
+            is_near = before <= _CHUNK_CHANGE * wanted and wanted <= _CHUNK_CHANGE * before
+            if is_near or now_s - self._cut_at_s < _CHUNK_REST_S:
+                return before
+        self._cut_at_s = now_s
+        return wanted
+
     def _choose_micro_batches(self, machine: Machine, demand: Demand, now_s: float) -> int:
-        present = self._plan.micro_batches
         if self._policy.micro_batches is not None:
             self._predict(machine, demand, self._policy.micro_batches)
             return self._policy.micro_batches
         if demand.decoding == 0:
             self._cycle = None
-            return present
-        now = self._cycle_of(machine, demand, present)
-        chosen = best([self._cycle_of(machine, demand, count) for count in distinct_counts(demand.decoding)], tie=_TIE)
-        is_other_demand = not self._chosen_for / 2 < demand.decoding < self._chosen_for * 2
-        pays = chosen.cycle_s < (1.0 - _LEAST_GAIN) * now.cycle_s
-        rest_s = max(_CHANGES_EVERY_S, _CHANGES_EVERY_CYCLES * now.cycle_s)
-        has_rested = self._chosen_at_s is None or now_s - self._chosen_at_s >= rest_s
-        if not is_other_demand and not (pays and has_rested):
-            self._cycle = now
-            return present
-        self._cycle = chosen
-        self._chosen_for = demand.decoding
-        self._chosen_at_s = now_s
-        return chosen.micro_batches
+            return self._plan.micro_batches
+        self._cycle = self._choice.choose(
+            decoding=demand.decoding,
+            now_s=now_s,
+            predict=lambda count: self._cycle_of(machine, demand, count),
+            knows=lambda tokens: all(stage.knows(tokens) for stage in self._stages),
+        )
+        return self._cycle.micro_batches
 
     def _predict(self, machine: Machine | None, demand: Demand, micro_batches: int) -> None:
         self._cycle = None if machine is None or not demand.decoding else self._cycle_of(machine, demand, micro_batches)
@@ -243,8 +242,8 @@ class Planner:
     def _machine(self, now_s: float) -> Machine | None:
         """What is known. None: too little."""
         curves = [curve for stage in self._stages if (curve := stage.curve()) is not None]
-        latency_s = 0.0 if self._num_stages == 1 else self._ring.latency_s
-        if len(curves) < self._num_stages or latency_s is None:
+        links = self._links()
+        if len(curves) < self._num_stages or links is None:
             return None
         self._fade_prompts(now_s)
         shares = [min(prompt_s / _PROMPT_SHARE_OVER_S, _MOST_PROMPT_SHARE) for prompt_s in self._prompt_s]
@@ -252,10 +251,12 @@ class Planner:
             stages=tuple(curves),
             prompt_shares=tuple(share if share >= _LEAST_PROMPT_SHARE else 0.0 for share in shares),
             token_bytes=self._token_bytes,
-            latency_s=latency_s,
-            s_per_byte=0.0 if self._num_stages == 1 else self._ring.s_per_byte,
-            rate_bytes_per_s=None if self._num_stages == 1 else self._ring.rate_bytes_per_s,
+            links=links,
+            scatter=max(stage.scatter for stage in self._stages),
         )
+
+    def _links(self) -> Links | None:
+        return NO_LINKS if self._num_stages == 1 else self._ring.links()
 
     def _prompt_part_s(self, stage: StageEstimator, step: StepObservation, compute_s: float) -> float:
         """What the step's prompt tokens cost: all, or what decode alone would not have."""

@@ -23,6 +23,33 @@ _BUSY = 0.7
 _BUSY_OVER_S = 2.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Links:
+    """All links of a pipeline together, and the tokens' way back, at one moment."""
+
+    latency_s: float
+    s_per_byte: float | None
+    """None: unknown, because no link was measured and all payloads were alike."""
+    seen_bytes: float
+    """The payload that `latency_s` was measured with, where `s_per_byte` is unknown."""
+    rate_bytes_per_s: float | None
+    """Of the slowest link."""
+
+    def time_s(self, payload_bytes: float) -> float:
+        """What a step of this payload spends on the links, without queueing.
+
+        Where the part that grows is unknown, no change is believed to pay: a smaller payload gains nothing, a
+        larger one takes longer in proportion.
+        """
+        if self.s_per_byte is not None:
+            return self.latency_s + payload_bytes * self.s_per_byte
+        return self.latency_s * max(payload_bytes / max(self.seen_bytes, 1.0), 1.0)
+
+
+NO_LINKS = Links(latency_s=0.0, s_per_byte=0.0, seen_bytes=0.0, rate_bytes_per_s=None)
+"""Of a pipeline with one stage."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Remainder:
     at_s: float
@@ -39,14 +66,12 @@ class RingEstimator:
         self._slope_s: float | None = None
         self._latency_s: float | None = None
         self._rate_bytes_per_s: float | None = None
-        self._round_trip_s: float | None = None
         self._bytes = 0.0
         self._last_s: float | None = None
 
-    def on_link(self, rate_bytes_per_s: float | None, round_trip_s: float | None) -> None:
+    def on_link(self, rate_bytes_per_s: float | None) -> None:
         """What the sender of the head's own link has measured."""
         self._rate_bytes_per_s = rate_bytes_per_s if rate_bytes_per_s is None or rate_bytes_per_s > 0 else None
-        self._round_trip_s = round_trip_s
 
     def on_step(self, step: StepObservation, now_s: float, *, is_decode: bool) -> None:
         """A step came back. Only decode steps tell the latency: bulk frames wait for their window."""
@@ -63,38 +88,47 @@ class RingEstimator:
         self._learn_slope()
         self._learn_latency()
 
-    @property
-    def s_per_byte(self) -> float:
-        """Of all links together; 0 while nothing is known."""
-        if self._slope_s is not None:
+    def links(self) -> Links | None:
+        """What is known now. None: too little."""
+        if self._latency_s is None:
+            return None
+        return Links(
+            latency_s=self._latency_s,
+            s_per_byte=self._s_per_byte(),
+            seen_bytes=self._mean_bytes(),
+            rate_bytes_per_s=self._rate(),
+        )
+
+    def _mean_bytes(self) -> float:
+        return sum(one.payload_bytes for one in self._recent) / len(self._recent) if self._recent else 0.0
+
+    def _s_per_byte(self) -> float | None:
+        """Measured, or else as if all links were like the head's own, as far as the remainders allow that."""
+        if self._rate_bytes_per_s is None:
             return self._slope_s
-        return 0.0 if self._rate_bytes_per_s is None else 1.0 / self._rate_bytes_per_s
+        if self._slope_s is not None:
+            return max(self._slope_s, 1.0 / self._rate_bytes_per_s)
+        alike_s = self._links / self._rate_bytes_per_s
+        mean_bytes = self._mean_bytes()
+        if mean_bytes <= 0:
+            return alike_s
+        return min(alike_s, _low([one.links_s for one in self._recent]) / mean_bytes)
 
-    @property
-    def is_slope_known(self) -> bool:
-        """Whether `s_per_byte` was measured at all."""
-        return self._slope_s is not None or self._rate_bytes_per_s is not None
-
-    @property
-    def latency_s(self) -> float | None:
-        """Of all links together and the way back. None: not known yet."""
-        return self._latency_s if self._latency_s is not None else self._round_trip_s
-
-    @property
-    def rate_bytes_per_s(self) -> float | None:
+    def _rate(self) -> float | None:
         """Of the slowest link. Where only the sum over the links is known, they are taken for equal."""
         if self._rate_bytes_per_s is not None:
             return self._rate_bytes_per_s
         return self._links / self._slope_s if self._slope_s else None
 
-    @property
-    def busy(self) -> float:
-        """The share of the slowest link's time that the recent payloads took."""
-        rate = self.rate_bytes_per_s
-        return 0.0 if rate is None else self._bytes / (rate * _BUSY_OVER_S)
+    def _is_busy(self) -> bool:
+        """Whether the recent payloads took most of the slowest link's time."""
+        rate = self._rate()
+        return rate is not None and self._bytes > _BUSY * rate * _BUSY_OVER_S
 
     def _learn_slope(self) -> None:
         """From the remainders of small and of large payloads, where the recent steps had both."""
+        if self._is_busy():
+            return  # the remainders are queueing
         by_size = sorted(self._recent, key=lambda remainder: remainder.payload_bytes)
         third = len(by_size) // 3
         if third < _LEAST_STEPS // 2:
@@ -107,15 +141,16 @@ class RingEstimator:
         small_s = _low([remainder.links_s for remainder in small])
         large_s = _low([remainder.links_s for remainder in large])
         slope_s = max(large_s - small_s, 0.0) / (large_bytes - small_bytes)
-        known_s = self.s_per_byte if self.is_slope_known else slope_s
+        known_s = self._s_per_byte()
+        known_s = slope_s if known_s is None else known_s
         self._slope_s = known_s + _SLOPE_GAIN * (slope_s - known_s)
 
     def _learn_latency(self) -> None:
         if len(self._recent) < _LEAST_STEPS:
             return
-        slope_s = self.s_per_byte
+        slope_s = self._s_per_byte() or 0.0
         latency_s = _low([max(one.links_s - slope_s * one.payload_bytes, 0.0) for one in self._recent])
-        if self._latency_s is None or latency_s < self._latency_s or self.busy < _BUSY:
+        if self._latency_s is None or latency_s < self._latency_s or not self._is_busy():
             self._latency_s = latency_s
 
 

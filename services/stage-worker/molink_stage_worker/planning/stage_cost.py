@@ -31,6 +31,9 @@ _LEAST_SCATTER = 0.05
 _MOST_SCATTER = 0.35
 _CLIP_SCATTERS = 2.5
 _YOUNG_CLIP = log(2.0)
+_BELIEF = 0.1
+"""The weight of what is believed before it is measured; a measured step has 1."""
+_KNOWN_AFTER = 3
 _LEFT_FLOOR = 0.3
 """Left of all anchors no step is believed to cost less than this share of the smallest one measured."""
 
@@ -127,6 +130,16 @@ class StageEstimator:
         self._learn(anchor, measured_s, tokens, sequences, context_tokens)
         self._curve = None
 
+    @property
+    def scatter(self) -> float:
+        """How far times lie from what was expected, as a share of it."""
+        return self._scatter
+
+    def knows(self, tokens: int) -> bool:
+        """Whether steps of about so many tokens were measured."""
+        anchor = self._anchors.get(round(_ANCHORS_AN_OCTAVE * log2(tokens)))
+        return anchor is not None and anchor.count >= _KNOWN_AFTER
+
     def curve(self) -> StageCurve | None:
         """The cost as known now. None: not enough observations."""
         if not self._anchors:
@@ -168,6 +181,12 @@ class StageEstimator:
         key = round(_ANCHORS_AN_OCTAVE * log2(tokens))
         self._anchors[key] = _Anchor(time_s=time_s, tokens=tokens, sequences=sequences, context_tokens=context_tokens)
         self._fit(time_s, tokens, sequences, context_tokens)
+        # until other sizes are seen, half of the time is believed to be fixed and half to grow with the tokens
+        for other in (0.5, 2.0):
+            believed_s = time_s * (1.0 + other) / 2.0
+            weight = _BELIEF / (believed_s * believed_s)
+            features = (1.0, other * tokens, other * sequences, float(context_tokens))
+            self._line.add(features, believed_s, weight)
         self._first.clear()
 
     def _learn(self, anchor: _Anchor, measured_s: float, tokens: int, sequences: int, context_tokens: int) -> None:
