@@ -54,7 +54,8 @@ class DecodeWait:
     """Beside its own transmission and the way."""
     decode_ahead_bytes: int
     """Other decode frames that were on the link before it."""
-    window_bytes: int
+    bulk_ahead_bytes: int
+    """Bulk that was under way: on the link, or its acknowledgement on the way back."""
 
 
 @dataclass
@@ -71,6 +72,8 @@ class Simulation:
     bulk_bytes_received: int = 0
     bytes_received: int = 0
     sends: int = 0
+    window_breaches: int = 0
+    """Pieces that were sent though the window was full."""
     longest_bulk_gap_s: float = 0.0
     """Between two arrivals of bulk while some was waiting all the time."""
 
@@ -85,6 +88,8 @@ class Simulation:
         self._wake_s: float | None = None
         self._decode_on_link: list[tuple[float, int]] = []
         self._offered_s: dict[int, float] = {}
+        self._offer_order: dict[int, int] = {}
+        self._sizes: dict[int, int] = {}
 
     def at(self, when_s: float, act: Callable[[], None]) -> None:
         heapq.heappush(self._events, (when_s, next(self._count), act))
@@ -93,6 +98,60 @@ class Simulation:
         step = next(self._steps)
         self.at(when_s, lambda: self._offer(Parcel(step=step, traffic=traffic, size_bytes=size_bytes)))
         return step
+
+    def keep_bulk_queued(self, until_s: float, frame_bytes: int = 1 << 20) -> None:
+        """From now on bulk always waits, until then."""
+
+        def feed() -> None:
+            while self.sender.report().queued_bytes < 4 * frame_bytes:
+                step = next(self._steps)
+                self._offer(Parcel(step=step, traffic=Traffic.BULK, size_bytes=frame_bytes))
+            again_s = self.now_s + frame_bytes / self.link.rate_bytes_per_s
+            if again_s < until_s:
+                self.at(again_s, feed)
+
+        self.at(self.now_s, feed)
+
+    def offer_decode_bursts(self, from_s: float, until_s: float, *, load: float, period_s: float = 0.040) -> None:
+        """A decode frame every `period_s`, `load` of what the link carries."""
+        count = round((until_s - from_s) / period_s)
+        for index in range(count):
+            self.offer_at(
+                from_s + index * period_s, Traffic.DECODE, round(load * period_s * self.link.rate_bytes_per_s)
+            )
+
+    def offer_randomly(self, until_s: float, *, decode_load: float, bulk_load: float) -> None:
+        """Frames of all sizes at random times, so much of what the link carries."""
+        dice = self._random
+        for traffic, load, least, most in (
+            (Traffic.DECODE, decode_load, 200, 100_000),
+            (Traffic.BULK, bulk_load, 300, 3_000_000),
+        ):
+            when_s = dice.random() * 0.1
+            while when_s < until_s:
+                size = round(least * (most / least) ** dice.random())
+                self.offer_at(when_s, traffic, size)
+                when_s += dice.expovariate(load * self.link.rate_bytes_per_s / size)
+
+    def check_deliveries(self) -> None:
+        """Each frame arrived whole, each byte once, in the order of offering within its class."""
+        for traffic in Traffic:
+            expected_offset, last_step = 0, 0
+            for send in (delivery.send for delivery in self.deliveries if delivery.send.traffic is traffic):
+                assert send.offset == expected_offset, send
+                assert send.step == last_step if send.offset else self._comes_after(last_step, send.step), send
+                expected_offset += send.size_bytes
+                size = self._sizes[send.step]
+                assert send.is_last == (expected_offset == size), send
+                assert expected_offset <= size, send
+                last_step = send.step
+                if send.is_last:
+                    expected_offset = 0
+            assert expected_offset == 0, "a frame stayed unfinished"
+        assert self.bytes_received == sum(self._sizes.values())
+
+    def _comes_after(self, earlier: int, later: int) -> bool:
+        return self._offer_order.get(earlier, -1) < self._offer_order[later]
 
     def run(self, until_s: float) -> None:
         while self._events and self._events[0][0] <= until_s:
@@ -112,6 +171,8 @@ class Simulation:
 
     def _offer(self, parcel: Parcel) -> None:
         self._offered_s[parcel.step] = self.now_s
+        self._offer_order[parcel.step] = len(self._sizes)
+        self._sizes[parcel.step] = parcel.size_bytes
         if parcel.traffic is Traffic.BULK:
             if self._bulk_waiting == 0:
                 self._last_bulk_s = self.now_s
@@ -124,12 +185,16 @@ class Simulation:
         begin_s = max(now_s, self._free_s)
         transmission_s = send.size_bytes / link.rate_bytes_per_s
         self._free_s = begin_s + transmission_s
-        if send.traffic is Traffic.DECODE:
+        if send.traffic is Traffic.BULK:
+            report = self.sender.report()
+            if report.under_way_bytes > max(report.window_bytes, send.size_bytes):
+                self.window_breaches += 1
+        else:
             self._decode_on_link = [(end_s, size) for end_s, size in self._decode_on_link if end_s > now_s]
             ahead = sum(size for _, size in self._decode_on_link)
             offered_s = self._offered_s.pop(send.step)
-            window = self.sender.report().window_bytes
-            self.decode_waits.append(DecodeWait(offered_s, begin_s - offered_s, ahead, window))
+            bulk_ahead = self.sender.report().under_way_bytes
+            self.decode_waits.append(DecodeWait(offered_s, begin_s - offered_s, ahead, bulk_ahead))
             self._decode_on_link.append((self._free_s, send.size_bytes))
         arrival_s = max(self._last_arrival_s, self._free_s + self._way_s())
         self._last_arrival_s = arrival_s

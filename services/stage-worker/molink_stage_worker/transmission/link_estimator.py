@@ -14,10 +14,13 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from statistics import median
 
 _ROUND_TRIP_WINDOW_S = 20.0
 _ONE_WAY_WINDOW_S = 10.0
 """Short, because the two clocks drift against each other."""
+_OTHER_CLOCK_S = 60.0
+"""A receiver's clock that jumps so far is another clock, or the time on one message is wrong."""
 _SLOTS = 8
 _SAMPLES = 16
 _QUANTILE = 0.7
@@ -75,6 +78,7 @@ class LinkEstimator:
         self._round_trips = WindowedMinimum(_ROUND_TRIP_WINDOW_S)
         self._one_way = WindowedMinimum(_ONE_WAY_WINDOW_S)
         self._samples: deque[tuple[float, float]] = deque(maxlen=_SAMPLES)
+        self._short_samples: deque[float] = deque(maxlen=_SAMPLES)
         self._rate: float | None = None
         self._received_s: float | None = None
         self._busy_since_s = 0.0
@@ -87,6 +91,11 @@ class LinkEstimator:
     def rate_bytes_per_s(self) -> float | None:
         """What the link carries when it is never idle."""
         return self._rate
+
+    @property
+    def is_rate_certain(self) -> bool:
+        """Whether the link was busy long enough, lately, to trust the rate."""
+        return bool(self._samples)
 
     @property
     def base(self) -> LeastDelay | None:
@@ -107,6 +116,9 @@ class LinkEstimator:
         `earlier_bytes` arrived some time before it, unacknowledged.
         """
         received_s = received_us / 1e6
+        known = self._one_way.least
+        if known is not None and abs(received_s - sent_s - known.seconds) > _OTHER_CLOCK_S:
+            self.forget_clock()
         self._round_trips.add(now_s - sent_s, size_bytes, self._rate, now_s)
         least = self._one_way.add(received_s - sent_s, size_bytes, self._rate, now_s)
         before_s = self._received_s
@@ -118,7 +130,8 @@ class LinkEstimator:
         if before_s is not None and before_s - sent_s >= least.seconds - self._slack_s(least):
             self._busy_bytes += size_bytes + earlier_bytes
         else:
-            self._end_busy_span()
+            if before_s is not None:
+                self._measure_short(before_s - self._busy_since_s, now_s)
             self._busy_since_s = min(received_s, sent_s + least.seconds)
             self._busy_bytes = max(0, size_bytes - least.size_bytes)
         self._received_s = received_s
@@ -143,8 +156,8 @@ class LinkEstimator:
         if busy_s >= span_s and self._busy_bytes > 0:
             self._add_sample(self._busy_bytes / busy_s, now_s)
             self._busy_since_s, self._busy_bytes = received_s, 0
-        elif self._rate is None and busy_s >= _SHORT_SPAN_S and self._busy_bytes >= _SHORT_SPAN_BYTES:
-            self._add_sample(self._busy_bytes / busy_s, now_s)
+        elif self._rate is None:
+            self._measure_short(busy_s, now_s)
         thin_s = received_s - self._thin_since_s
         if thin_s >= span_s:
             self._measure_thin(self._thin_bytes / thin_s, now_s)
@@ -161,13 +174,14 @@ class LinkEstimator:
             self._add_sample(min(rate, self._faster_rate), now_s)
             self._faster_rate = None
 
-    def _end_busy_span(self) -> None:
-        """A span too short to be a sample of its own may still show that the link is faster than it was thought."""
-        if self._received_s is None or self._busy_bytes < _SHORT_SPAN_BYTES:
+    def _measure_short(self, busy_s: float, now_s: float) -> None:
+        """A span too short to be trusted tells something as long as there is nothing better."""
+        if busy_s < _SHORT_SPAN_S or self._busy_bytes < _SHORT_SPAN_BYTES:
             return
-        busy_s = self._received_s - self._busy_since_s
-        if busy_s >= _SHORT_SPAN_S and (self._rate is None or self._busy_bytes / busy_s > self._rate):
-            self._add_sample(self._busy_bytes / busy_s, self._samples[-1][0] if self._samples else 0.0)
+        self._short_samples.append(self._busy_bytes / busy_s)
+        if not self._samples or now_s - self._samples[-1][0] > _SAMPLE_AGE_S:
+            self._samples.clear()
+            self._rate = median(self._short_samples)
 
     def _add_sample(self, rate: float, now_s: float) -> None:
         samples = self._samples

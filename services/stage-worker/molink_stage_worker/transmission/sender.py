@@ -27,7 +27,9 @@ from molink_stage_worker.transmission.values import Parcel, Send, SenderReport, 
 from molink_stage_worker.transmission.window import AdaptiveWindow, piece_bytes
 
 _ACK_TIMEOUT_ROUND_TRIPS = 8
-_MAX_TIMEOUT_DOUBLINGS = 6
+_MAX_TIMEOUT_DOUBLINGS = 3
+_LEAST_ROUND_TRIP_S = 1e-4
+"""A coarse clock may show none at all."""
 _PACE = 1.25
 """Of the link's rate: above it, so that a faster link shows itself."""
 _SLOW_START_PACE = 2.0
@@ -121,6 +123,7 @@ class LinkSender:
                 now_s=now_s,
                 base=base,
                 rate_bytes_per_s=self.estimator.rate_bytes_per_s,
+                is_rate_certain=self.estimator.is_rate_certain,
                 delivered_bytes=self._delivered_bytes,
             )
 
@@ -216,7 +219,7 @@ class LinkSender:
         """A token bucket: takes the piece from it, or says when there will be enough."""
         base = self.estimator.base
         # spread over the round trip, so that what bulk meets on the way is not always the same phase of decode's
-        evenly = rate if base is None else self._window.size_bytes / base.seconds
+        evenly = rate if base is None else self._window.size_bytes / max(base.seconds, _LEAST_ROUND_TRIP_S)
         pace = min(rate, evenly) * (_SLOW_START_PACE if self._window.in_slow_start else _PACE)
         most = max(2.0 * size_bytes, rate * self._settings.decode_delay_s / 2)
         earned = (now_s - self._allowance_at_s) * pace

@@ -85,7 +85,14 @@ class AdaptiveWindow:
         self._was_full = True
 
     def on_ack(
-        self, *, piece: InFlight, now_s: float, base: LeastDelay, rate_bytes_per_s: float | None, delivered_bytes: int
+        self,
+        *,
+        piece: InFlight,
+        now_s: float,
+        base: LeastDelay,
+        rate_bytes_per_s: float | None,
+        is_rate_certain: bool,
+        delivered_bytes: int,
     ) -> None:
         """A piece is acknowledged. `delivered_bytes` counts what the link has delivered, of both classes."""
         round_trip_s = now_s - piece.sent_s
@@ -96,7 +103,7 @@ class AdaptiveWindow:
             delay_s += base.transmission_s(rate_bytes_per_s) - piece.size_bytes / rate_bytes_per_s
         delay_s = max(0.0, delay_s)
         if self._in_slow_start:
-            self._grow(piece.size_bytes, delay_s, now_s, base, rate_bytes_per_s)
+            self._grow(piece.size_bytes, delay_s, now_s, base, rate_bytes_per_s, is_rate_certain)
         round_ = self._round
         if round_ is None:
             round_ = self._round = _Round(now_s, delivered_bytes)
@@ -104,18 +111,26 @@ class AdaptiveWindow:
         if delay_s < round_.least_delay_s and piece.under_way_bytes >= self._window / 2:
             round_.least_delay_s, round_.under_way_bytes = delay_s, piece.under_way_bytes
         if piece.sent_s >= round_.began_s and now_s - round_.began_s >= _LEAST_ROUND_S:
-            self._end_round(round_, now_s, base, rate_bytes_per_s, delivered_bytes)
+            certain_rate = rate_bytes_per_s if is_rate_certain else None
+            self._end_round(round_, now_s, base, certain_rate, delivered_bytes)
             self._before, self._round = round_, _Round(now_s, delivered_bytes)
         self._clamp(base, rate_bytes_per_s)
 
     def _grow(
-        self, size_bytes: int, delay_s: float, now_s: float, base: LeastDelay, rate_bytes_per_s: float | None
+        self,
+        size_bytes: int,
+        delay_s: float,
+        now_s: float,
+        base: LeastDelay,
+        rate_bytes_per_s: float | None,
+        is_rate_certain: bool,
     ) -> None:
         target_s = self._settings.decode_delay_s
         if delay_s <= max(target_s / 2, min(base.seconds * _HIGH_SHARE, _MOST_HIGH_S)):
             self._high_samples = 0
             if self._was_full:
-                is_below = rate_bytes_per_s is not None and self._window < rate_bytes_per_s * base.seconds
+                filled = 0.0 if rate_bytes_per_s is None else rate_bytes_per_s * base.seconds
+                is_below = self._window < (filled if is_rate_certain else filled / 2)
                 self._window += size_bytes * (_KNOWN_RATE_GROWTH if is_below else 1.0)
             return
         if self._high_samples == 0:
@@ -150,7 +165,7 @@ class AdaptiveWindow:
         ratio = (base.seconds + target_s) / (base.seconds + standing_s)
         if was_full:
             wanted = least.under_way_bytes * max(0.5, min(2.0, ratio))
-            if rate_bytes_per_s is not None and standing_s < target_s / 2:
+            if rate_bytes_per_s is not None and standing_s < target_s:
                 spare = rate_bytes_per_s * (1 - _SPARE_SHARE) - (delivered_bytes - round_.delivered_bytes) / round_s
                 wanted += max(0.0, spare) * base.seconds
             is_far = standing_s > 2 * target_s or (standing_s < target_s / 4 and wanted > self._window)
