@@ -38,7 +38,8 @@ def show_link(scheduling: Scheduling, mbit: float, round_trip_s: float, jitter: 
     report = simulation.sender.report()
     rate = (report.rate_bytes_per_s or 0.0) / simulation.link.rate_bytes_per_s
     print(
-        f"{scheduling:9}  {mbit:5} Mbit/s {1e3 * round_trip_s:4.0f} ms  jitter {jitter:.1f}  decode {decode_load:4.2f}  "
+        f"{scheduling:9}  {mbit:5} Mbit/s {1e3 * round_trip_s:4.0f} ms  "
+        f"jitter {jitter:.1f}  decode {decode_load:4.2f}  "
         f"bulk of the rest {share:5.3f}  wait p50 {waits_ms[len(waits_ms) // 2]:6.1f} "
         f"p95 {waits_ms[int(0.95 * len(waits_ms))]:6.1f} max {waits_ms[-1]:6.1f} ms  "
         f"rate {rate:4.2f}  window {report.window_bytes >> 10} KiB"
