@@ -15,7 +15,9 @@ _STALL_STEPS = 1.25
 _WASTE = 1.3
 """Over the best cost a token: what small chunks may cost while others decode."""
 _WASTE_ALONE = 1.1
-_MOST_STALL_SHARE = 0.5
+_MOST_STALL_SHARE = 0.4
+_BELIEVED_BEYOND = 2.0
+"""Costs are believed for sizes up to so many times the largest that was measured."""
 _DELAY_SHARE = 0.1
 _LEAST_DELAY_S = 0.005
 _TOGETHER_AGAIN = 0.5
@@ -42,11 +44,12 @@ def separate_chunk_tokens(
 
     Two wishes pull apart. A decode step that finds a chunk in a stage waits for its end: so a chunk should take no
     stage more than a quarter of a cycle. And every chunk pays a step's fixed cost: so a token should not cost more
-    than 1.3 times what it costs in the largest chunk. Where both cannot be had, the second wins, up to half a
+    than 1.3 times what it costs in the best chunk. Where both cannot be had, the second wins, up to 40 % of a
     cycle: throughput lost to small chunks delays decode too, only less visibly. With nothing to delay, only the
     second counts, and stricter.
     """
-    sizes = grid(step_tokens)
+    known_tokens = min(curve.tokens[-1] for curve in machine.stages)
+    sizes = [size for size in grid(step_tokens) if size <= _BELIEVED_BEYOND * known_tokens] or grid(step_tokens)[:1]
     costs_s = [max(curve.compute_s(size, 1, context_tokens) for curve in machine.stages) for size in sizes]
     best_s = min(cost_s / size for cost_s, size in zip(costs_s, sizes, strict=True))
     waste = _WASTE_ALONE if cycle_s is None else _WASTE
