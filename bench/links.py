@@ -28,7 +28,7 @@ import orjson
 from bench.cost_curve import CostCurve
 from bench.link_grid import wan30
 from bench.link_grid.cells import Cell, EngineKind, Workload, grid
-from bench.link_grid.measuring import Timing, measured
+from bench.link_grid.measuring import Timing, TimingOf, measured
 from bench.link_grid.plots import save_plots
 from bench.link_grid.progress import Progress, say
 from bench.link_grid.results import Results
@@ -44,7 +44,7 @@ async def run_grid(arguments: argparse.Namespace) -> bool:
     about = {"timing": asdict(timing), "curve": asdict(CostCurve()), "assumed_link_mbit": arguments.assumed_link_mbit}
     results = Results(arguments.out / "links.json", about, resume=arguments.resume)
     cells = [cell for cell in cells_of(arguments) if not results.has(cell)]
-    await measure(cells, timing, arguments.assumed_link_mbit, results.add)
+    await measure(cells, lambda _: timing, arguments.assumed_link_mbit, results.add)
     text = best_count_table(results.cells) if arguments.best_m else grid_tables(results.cells)
     (arguments.out / "links.md").write_text(text)
     files = save_plots(results.cells, arguments.out)
@@ -56,8 +56,9 @@ async def run_grid(arguments: argparse.Namespace) -> bool:
 async def run_case(arguments: argparse.Namespace) -> bool:
     """Measure the case's cells and print its summary. Whether nothing failed."""
     results: list[dict[str, Any]] = []
-    timing = timing_of(arguments, wan30.TIMING)
-    await measure(wan30.CELLS, timing, arguments.assumed_link_mbit, results.append)
+    await measure(
+        wan30.CELLS, lambda cell: timing_of(arguments, wan30.timing(cell)), arguments.assumed_link_mbit, results.append
+    )
     if not arguments.json:
         print(grid_tables(results))
     found = wan30.summary(results)
@@ -67,7 +68,7 @@ async def run_case(arguments: argparse.Namespace) -> bool:
 
 
 async def measure(
-    cells: Sequence[Cell], timing: Timing, assumed_link_mbit: float, keep: Callable[[dict[str, Any]], None]
+    cells: Sequence[Cell], timing: TimingOf, assumed_link_mbit: float, keep: Callable[[dict[str, Any]], None]
 ) -> None:
     """Measure cell by cell, a system for each set-up; `keep` gets each result at once."""
     progress = Progress(cells, timing)

@@ -10,7 +10,7 @@ import asyncio
 import sys
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -49,6 +49,9 @@ class Timing:
             raise ValueError(f"nothing can be measured with {self}")
 
 
+TimingOf = Callable[[Cell], Timing]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Snapshot:
     at_s: float
@@ -56,7 +59,7 @@ class _Snapshot:
 
 
 async def measured(
-    setup: Setup, cells: Sequence[Cell], *, timing: Timing, curve: CostCurve, assumed_link_mbit: float
+    setup: Setup, cells: Sequence[Cell], *, timing: TimingOf, curve: CostCurve, assumed_link_mbit: float
 ) -> AsyncGenerator[dict[str, Any], None]:
     """The results of `cells`, all of `setup`, as they come. A cell that fails has an ``error`` in its result.
 
@@ -76,7 +79,7 @@ async def measured(
                 ) as system:
                     is_serving = True
                     while left:
-                        result = await measure_cell(system, left[0], timing=timing, curve=curve)
+                        result = await measure_cell(system, left[0], timing=timing(left[0]), curve=curve)
                         yield left.pop(0).key | result
         except (RequestFailed, OSError, TimeoutError, httpx.HTTPError, LabError) as error:
             problem = str(error) or type(error).__name__
@@ -88,11 +91,12 @@ async def measured(
 
 
 async def measure_cell(system: ServingSystem, cell: Cell, *, timing: Timing, curve: CostCurve) -> dict[str, Any]:
-    """Put the cell's load on an idle system, let it settle, measure its runs, and leave the system idle.
+    """Wait until the system is idle, put the cell's load on it, let it settle, and measure its runs.
 
     Raises:
         RequestFailed, OSError, TimeoutError: it did not answer as it should.
     """
+    await _until_idle(system)
     every_s = timing.newcomer_every_s if cell.workload is Workload.MIXED else None
     shape = LoadShape(streams=cell.concurrency, newcomer_every_s=every_s)
     target = Target(host=system.host, port=system.port, model=(await system.status())["card"]["name"])
@@ -104,7 +108,6 @@ async def measure_cell(system: ServingSystem, cell: Cell, *, timing: Timing, cur
             await asyncio.sleep(timing.seconds - (time.perf_counter() - marks_s[-1]))
             marks_s.append(time.perf_counter())
         after = await _look(system)
-    await _until_idle(system)
     return _result(cell, curve, load, marks_s, before, after)
 
 
@@ -114,7 +117,7 @@ async def _look(system: ServingSystem) -> _Snapshot:
 
 
 async def _until_idle(system: ServingSystem) -> None:
-    """The clients have hung up; wait until nothing of theirs is left."""
+    """The clients of the cell before have hung up; wait until nothing of theirs is left."""
     async with asyncio.timeout(_IDLE_TIMEOUT_S):
         while True:
             status = await system.status()

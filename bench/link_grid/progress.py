@@ -9,16 +9,18 @@ from typing import Any
 
 from bench.link_grid.cells import Cell
 from bench.link_grid.figures import spread_of
-from bench.link_grid.measuring import Timing
+from bench.link_grid.measuring import TimingOf
 
 _START_S = 25.0
 """Of a system, until one has been seen."""
+_BETWEEN_S = 2.0
+"""From a cell to the next."""
 
 
 class Progress:
     """Tells of each cell, on stderr."""
 
-    def __init__(self, cells: Sequence[Cell], timing: Timing) -> None:
+    def __init__(self, cells: Sequence[Cell], timing: TimingOf) -> None:
         self._left = list(cells)
         self._count = len(cells)
         self._timing = timing
@@ -44,10 +46,10 @@ class Progress:
         say(f"[{self._count - len(self._left)}/{self._count}] {cell}: {words}; {still_s * pace / 60:.0f} min left")
 
 
-def expected_s(cells: Sequence[Cell], timing: Timing) -> float:
+def expected_s(cells: Sequence[Cell], timing: TimingOf) -> float:
     """How long the cells take, if nothing fails: a start for each set-up, then warming up and measuring."""
-    setups = len({cell.setup for cell in cells})
-    return setups * _START_S + len(cells) * (timing.warm_s + 2.0 + timing.runs * timing.seconds)
+    measuring_s = sum(one.warm_s + _BETWEEN_S + one.runs * one.seconds for one in (timing(cell) for cell in cells))
+    return len({cell.setup for cell in cells}) * _START_S + measuring_s
 
 
 def say(words: str) -> None:
