@@ -103,7 +103,7 @@ async def _end(lab: Lab, host: str, *words: str) -> AsyncIterator[asyncio.subpro
     try:
         yield process
     finally:
-        with contextlib.suppress(ProcessLookupError):
+        if process.returncode is None:
             process.kill()
         await process.communicate()
 
@@ -113,6 +113,7 @@ async def _last_word(process: asyncio.subprocess.Process) -> dict[str, Any]:
     line = await process.stdout.readline()
     if not line:
         raise LabError(f"the probe failed: {(await process.stderr.read()).decode(errors='replace')[-300:]}")
+    await process.wait()
     body: dict[str, Any] = json.loads(line)
     return body
 

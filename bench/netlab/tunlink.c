@@ -43,6 +43,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <time.h>
@@ -315,6 +316,7 @@ int main(int count, char **words) {
     }
     prctl(PR_SET_PDEATHSIG, SIGTERM);
     prctl(PR_SET_TIMERSLACK, 1); /* the default lets every wake-up be 50 µs late */
+    setpriority(PRIO_PROCESS, 0, -10); /* a wire does not wait for the machine's other work; refused, so be it */
     int signals = open_signals();
     int mtu = 1500;
     for (int i = 0; i < 2; i++) directions[i].queue_bytes = UINT64_MAX;
