@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import signal
 import statistics
 import sys
 import tempfile
@@ -151,6 +152,10 @@ async def _measure(server: LlamaServer, concurrency: int, arguments: argparse.Na
 @contextlib.asynccontextmanager
 async def _laboratory(link: str) -> AsyncIterator[Lab]:
     if link == LOOPBACK:
+        task = asyncio.current_task()
+        assert task is not None
+        # a measurement that is ended from outside must not leave the servers behind; a laboratory sees to that itself
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         yield Loopback()
         return
     async with open_lab(two_hosts(LINKS[link])) as lab:
@@ -158,9 +163,7 @@ async def _laboratory(link: str) -> AsyncIterator[Lab]:
 
 
 async def main(arguments: argparse.Namespace, peer: LlamaCpp) -> dict[str, Any]:
-    slots = Slots(
-        streams=max(arguments.concurrency), batch_tokens=arguments.batch_tokens, unified=not arguments.split_cache
-    )
+    slots = Slots(streams=max(arguments.concurrency), batch_tokens=arguments.batch_tokens, unified=arguments.unified)
     with tempfile.TemporaryDirectory() as folder:
         async with (
             _laboratory(arguments.link) as lab,
@@ -194,7 +197,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--prompt-tokens", type=int, default=1500, help="of the long prompt; 0 leaves it out")
     parser.add_argument("--batch-tokens", type=int, default=None, help="most tokens of a batch (llama.cpp: 2048)")
-    parser.add_argument("--split-cache", action="store_true", help="KV cells of each slot apart, not in one pool")
+    parser.add_argument("--unified", action="store_true", help="one pool of KV cells for all streams")
     return parser.parse_args(argv)
 
 

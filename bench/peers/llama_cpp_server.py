@@ -1,8 +1,10 @@
 """llama.cpp with its layers on two hosts, joined by its RPC backend, as an OpenAI-compatible server to measure.
 
-Each host computes with one thread. The far host holds the first half of the layers, the near host the second half and
-the output head. That is the best order there is: what crosses the link is one activation each way, and one blocking
-round trip a step; with the head on the far host every step sends the whole fp32 logits back.
+Each host computes with one thread. The near host's server computes the first half of the layers and the output head in
+its own process, the far host's RPC worker the second half. This is the fastest order that was found: what crosses the
+link is one activation each way, in one blocking round trip a step. With the head on the far host, as llama.cpp
+chooses if it is left alone, every step sends the whole fp32 logits back. With a second RPC worker on the near host,
+which allows the far half to come first, each step makes further blocking calls.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ _LISTEN_TIMEOUT_S = 20.0
 _STOP_TIMEOUT_S = 5.0
 _RETRY_S = 0.1
 _NUM_LAYERS = 30
+#: The embedding is the head too: SmolLM2 ties them.
+_HEAD = "^(output|token_embd|output_norm).*"
 _CONTEXT_PADDING = 256
 
 
@@ -73,8 +77,9 @@ class Slots:
     """Room for one long prompt beside the streams."""
     batch_tokens: int | None = None
     """Most tokens of one batch, of all prompts and streams together; None: llama.cpp's own choice, 2048."""
-    unified: bool = True
-    """One pool of KV cells for all slots; else each slot has room for the long prompt."""
+    unified: bool = False
+    """One pool of KV cells for all slots; else each slot has room for the long prompt, which takes more memory but no
+    stream's attention then passes over the cells of the others."""
 
     @property
     def parallel(self) -> int:
@@ -105,18 +110,16 @@ def rpc_server_flags(port: int) -> list[str]:
     return ["--host", "0.0.0.0", "--port", str(port), "--threads", "1"]
 
 
-def server_flags(model: Path, port: int, rpc_servers: Sequence[str], slots: Slots) -> list[str]:
-    """Of ``llama-server``. `rpc_servers` are ``host:port`` in the order of the layers; the last gets the output head.
+def server_flags(model: Path, port: int, rpc_server: str, slots: Slots) -> list[str]:
+    """Of ``llama-server``. `rpc_server` is the far host's ``host:port``.
 
     Everything that is not said here is as llama.cpp has it.
     """
-    each = _NUM_LAYERS // len(rpc_servers)
-    # the head counts as one more layer at the end
-    shares = [each] * (len(rpc_servers) - 1) + [_NUM_LAYERS - each * (len(rpc_servers) - 1) + 1]
     flags = ["--model", str(model), "--host", "0.0.0.0", "--port", str(port), "--offline", "--no-ui"]
-    flags += ["--rpc", ",".join(rpc_servers), "--gpu-layers", "all", "--split-mode", "layer", "--fit", "off"]
-    flags += ["--device", ",".join(f"RPC{number}" for number in range(len(rpc_servers)))]
-    flags += ["--tensor-split", ",".join(map(str, shares))]
+    flags += ["--rpc", rpc_server, "--device", "RPC0", "--split-mode", "layer", "--fit", "off"]
+    # the last layers go to the far host; llama.cpp counts the output head as one more of them, so it is called back
+    flags += ["--gpu-layers", str(_NUM_LAYERS // 2 + 1), "--override-tensor", f"{_HEAD}=CPU"]
+    flags += ["--load-mode", "none"]
     flags += ["--threads", "1", "--threads-batch", "1"]
     flags += ["--parallel", str(slots.parallel), "--cont-batching", "--ctx-size", str(slots.context_tokens)]
     flags += ["--kv-unified" if slots.unified else "--no-kv-unified"]
@@ -131,21 +134,19 @@ def server_flags(model: Path, port: int, rpc_servers: Sequence[str], slots: Slot
 async def llama_rpc(
     lab: Lab, *, near: str, far: str, peer: LlamaCpp, folder: Path, slots: Slots | None = None
 ) -> AsyncIterator[LlamaServer]:
-    """Start RPC workers on `near` and `far` and the server on `near`; stop all three at the end. Logs go to `folder`.
+    """Start the RPC worker on `far` and the server on `near`; stop both at the end. Logs go to `folder`.
 
     Raises:
         RuntimeError: one of them ended or was not ready in time; the message carries its last lines.
     """
     async with contextlib.AsyncExitStack() as stack:
-        endpoints = []
-        for host, address in ((far, lab.link_address(far)), (near, "127.0.0.1")):
-            port = free_port()
-            command = lab.command(host, [str(peer.rpc_server), *rpc_server_flags(port)])
-            worker = await stack.enter_async_context(_running(command, folder / f"rpc-server-{host}-{port}.log"))
-            await worker.until(_accepts(lab.address(host), port), _LISTEN_TIMEOUT_S)
-            endpoints.append(f"{address}:{port}")
         port = free_port()
-        flags = server_flags(peer.model, port, endpoints, slots or Slots())
+        command = lab.command(far, [str(peer.rpc_server), *rpc_server_flags(port)])
+        worker = await stack.enter_async_context(_running(command, folder / f"rpc-server-{port}.log"))
+        await worker.until(_accepts(lab.address(far), port), _LISTEN_TIMEOUT_S)
+        rpc_server = f"{lab.link_address(far)}:{port}"
+        port = free_port()
+        flags = server_flags(peer.model, port, rpc_server, slots or Slots())
         started = asyncio.get_running_loop().time()
         log = folder / f"llama-server-{port}.log"
         server = await stack.enter_async_context(_running(lab.command(near, [str(peer.server), *flags]), log))

@@ -1,5 +1,6 @@
 """The pure parts of the comparison with llama.cpp: what is built, how it is started, what is read off its streams."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -36,17 +37,20 @@ def test_a_processor_without_x86_flags_is_left_to_the_compiler() -> None:
     assert options["GGML_RPC"] == "ON"
 
 
-def test_layers_are_halved_and_the_head_goes_with_the_last_half() -> None:
-    flags = server_flags(Path("m.gguf"), 8000, ["far:1", "127.0.0.1:2"], Slots())
-    assert flag(flags, "--rpc") == "far:1,127.0.0.1:2"
-    assert flag(flags, "--device") == "RPC0,RPC1"
-    # 30 layers and the head, which counts as one
-    assert flag(flags, "--tensor-split") == "15,16"
-    assert flag(flags, "--gpu-layers") == "all"
+def test_the_far_host_gets_the_last_half_without_the_head() -> None:
+    flags = server_flags(Path("m.gguf"), 8000, "10.77.0.2:1", Slots())
+    assert flag(flags, "--rpc") == "10.77.0.2:1"
+    # 15 of 30 layers; the head counts as one more, and is then called back
+    assert flag(flags, "--gpu-layers") == "16"
+    pattern, _, place = flag(flags, "--override-tensor").partition("=")
+    assert place == "CPU"
+    tensors = ["token_embd.weight", "output_norm.weight", "output.weight", "blk.15.attn_output.weight"]
+    assert [name for name in tensors if re.search(pattern, name)] == tensors[:3]
 
 
 def test_one_pool_holds_every_stream_and_one_long_prompt() -> None:
-    flags = server_flags(Path("m.gguf"), 8000, ["far:1", "near:2"], Slots(streams=64, stream_tokens=160))
+    slots = Slots(streams=64, stream_tokens=160, unified=True)
+    flags = server_flags(Path("m.gguf"), 8000, "far:1", slots)
     assert int(flag(flags, "--ctx-size")) >= 64 * 160 + 1500 + 4
     assert flag(flags, "--parallel") == "65"
     assert "--kv-unified" in flags
@@ -54,8 +58,7 @@ def test_one_pool_holds_every_stream_and_one_long_prompt() -> None:
 
 
 def test_slots_apart_have_room_for_the_long_prompt_each() -> None:
-    slots = Slots(streams=8, unified=False, batch_tokens=512)
-    flags = server_flags(Path("m.gguf"), 8000, ["far:1", "near:2"], slots)
+    flags = server_flags(Path("m.gguf"), 8000, "far:1", Slots(streams=8, batch_tokens=512))
     each = int(flag(flags, "--ctx-size")) / int(flag(flags, "--parallel"))
     assert each >= 1600
     assert each % 256 == 0
