@@ -9,8 +9,7 @@ from typing import Any
 from bench.bounds import LinearCost, LinkBound, Load, PipelineBound, StepCost, payload_bytes_per_s
 from bench.cost_curve import CostCurve
 from bench.link_grid.cells import EngineKind, Setup, link_of
-from bench.link_grid.figures import WindowFigures
-from bench.link_grid.steady_load import LoadShape
+from bench.link_grid.steady_load import SteadyLoad
 from molink_common.messages import Dtype
 
 
@@ -42,13 +41,19 @@ def pipeline_bound(setup: Setup, curve: CostCurve, status: Mapping[str, Any]) ->
     )
 
 
-def load_of(shape: LoadShape, seen: WindowFigures) -> Load:
-    """What the pipeline carried. In a closed loop a stream is, on average, half through its answer."""
+def load_of(load: SteadyLoad, until_s: float) -> Load:
+    """What the pipeline carried. In a closed loop a stream is, on average, half through its answer.
+
+    Long prompts count if they were answered since the load began, before which there were none: so they were carried
+    for certain, and the bound is none too low.
+    """
+    shape = load.shape
+    answered = sum(one.prompt_tokens for one in load.newcomers if one.arrivals and one.arrivals[0][0] < until_s)
     return Load(
         sequences=shape.streams,
         context_tokens=shape.prompt_tokens + shape.answer_tokens / 2,
-        prompt_share=seen.prompt_share,
-        prompt_tokens_per_s=seen.newcomer_tokens_per_s,
+        prompt_share=(shape.prompt_tokens - 1) / shape.answer_tokens,
+        prompt_tokens_per_s=answered / (until_s - load.began_s),
     )
 
 

@@ -27,10 +27,6 @@ class WindowFigures:
     gap_p99_s: float | None
     gap_max_s: float | None
     ttft_p50_s: float | None
-    prompt_share: float
-    """Of the streams' own prompts: tokens prefilled for each token decoded; a prompt's last token is decoded."""
-    newcomer_tokens_per_s: float
-    """Of the long prompts: tokens prefilled a second."""
     newcomer_ttfts_s: tuple[float, ...]
     """Of the long prompts whose first token came in the window."""
 
@@ -41,7 +37,7 @@ def window_figures(
     """The figures of ``[start_s, end_s)``."""
     if end_s <= start_s:
         raise ValueError(f"a window from {start_s} to {end_s}")
-    tokens = requests = prefilled = 0
+    tokens = requests = 0
     tpots: list[float] = []
     gaps: list[float] = []
     ttfts: list[float] = []
@@ -53,7 +49,6 @@ def window_figures(
         gaps += _gaps(trace.arrivals, start_s, end_s)
         if start_s <= first_s < end_s:
             ttfts.append(first_s - trace.started_s)
-            prefilled += trace.prompt_tokens - 1
         if trace.is_complete and start_s <= last_s < end_s:
             requests += 1
             if trace.num_tokens > 1:
@@ -68,8 +63,6 @@ def window_figures(
         gap_p99_s=_percentile(gaps, 0.99),
         gap_max_s=max(gaps, default=None),
         ttft_p50_s=_percentile(ttfts, 0.5),
-        prompt_share=prefilled / tokens if tokens else 0.0,
-        newcomer_tokens_per_s=sum(one.prompt_tokens for one in come) / (end_s - start_s),
         newcomer_ttfts_s=tuple(one.arrivals[0][0] - one.started_s for one in come),
     )
 

@@ -18,11 +18,11 @@ from typing import Any
 
 import httpx
 
-from bench.bounds import best
+from bench.bounds import Load, best
 from bench.cost_curve import CostCurve
 from bench.link_grid.bounding import load_of, pipeline_bound
 from bench.link_grid.cells import Cell, Setup, Workload
-from bench.link_grid.figures import WindowFigures, spread, window_figures
+from bench.link_grid.figures import spread, window_figures
 from bench.link_grid.steady_load import LoadShape, SteadyLoad, Target, steady_load
 from bench.load import RequestFailed
 from bench.netlab.registry import LabError
@@ -144,22 +144,17 @@ def _result(
         "stage_busy": _busy(before, after),
         "links": [worker["stage"].get("link") for worker in _stages(after.status)],
         "plan": after.status["pipelines"][0].get("head"),
-        "bound": _bound(cell, curve, load, whole, after.status),
+        "bound": _bound(cell, curve, load_of(load, marks_s[-1]), after.status),
     }
     rates = spread(run.tokens_per_s for run in runs)
-    if result["bound"] is not None and rates is not None:
+    if result["bound"] is not None and result["bound"]["tokens_per_s"] > 0 and rates is not None:
         result["share_of_bound"] = rates.median / result["bound"]["tokens_per_s"]
     return result
 
 
-def _bound(
-    cell: Cell, curve: CostCurve, load: SteadyLoad, whole: WindowFigures, status: Mapping[str, Any]
-) -> dict[str, Any] | None:
+def _bound(cell: Cell, curve: CostCurve, load: Load, status: Mapping[str, Any]) -> dict[str, Any] | None:
     pipeline = pipeline_bound(cell.setup, curve, status)
-    if pipeline is None:
-        return None
-    bound = best(pipeline, load_of(load.shape, whole))
-    return asdict(bound) if bound.tokens_per_s > 0 else None  # 0: its prompts were carried before the window began
+    return None if pipeline is None else asdict(best(pipeline, load))
 
 
 def _stages(status: Mapping[str, Any]) -> list[Mapping[str, Any]]:

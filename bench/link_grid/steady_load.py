@@ -48,6 +48,7 @@ class SteadyLoad:
     """A load that runs, and what its clients have seen so far."""
 
     shape: LoadShape
+    began_s: float
     streams: list[TokenTrace] = field(default_factory=list)
     newcomers: list[TokenTrace] = field(default_factory=list)
     left_out: int = 0
@@ -106,7 +107,7 @@ async def steady_load(target: Target, shape: LoadShape) -> AsyncIterator[SteadyL
     Raises:
         RequestFailed, OSError, TimeoutError: of the first request that failed.
     """
-    load = SteadyLoad(shape=shape)
+    load = SteadyLoad(shape=shape, began_s=time.perf_counter())
     load._warming.update(range(shape.streams))
     try:
         async with asyncio.TaskGroup() as tasks:

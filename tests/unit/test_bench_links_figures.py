@@ -17,7 +17,7 @@ from bench.link_grid.cells import Cell, EngineKind, Setup, Workload, grid, link_
 from bench.link_grid.figures import WindowFigures, spread, spread_of, window_figures
 from bench.link_grid.plots import save_plots
 from bench.link_grid.results import Results
-from bench.link_grid.steady_load import LoadShape, Target, steady_load
+from bench.link_grid.steady_load import LoadShape, SteadyLoad, Target, steady_load
 from bench.link_grid.tables import best_count_table, grid_tables
 from bench.links import cells_of, parse
 from bench.load import RequestFailed, TokenTrace
@@ -40,7 +40,6 @@ def test_only_what_comes_in_the_window_counts() -> None:
     assert (found.requests, found.tpot_p50_s) == (1, 2.0)
     assert (found.gap_max_s, found.gap_p50_s) == (3.0, 1.0)
     assert found.ttft_p50_s == 0.5
-    assert found.prompt_share == pytest.approx(32 / 5)
 
 
 def test_tokens_that_come_together_are_no_time_apart() -> None:
@@ -54,12 +53,12 @@ def test_newcomers_are_reported_apart() -> None:
     newcomers = [trace(1.0, 4.0, 4.1, prompt_tokens=1500), trace(9.0, prompt_tokens=1500, is_complete=False)]
     found = window_figures([trace(0.0, 1.0, 2.0)], newcomers, 0.0, 10.0)
     assert found.newcomer_ttfts_s == (3.0,)
-    assert (found.newcomer_tokens_per_s, found.tokens_per_s) == (150.0, 0.2)
+    assert found.tokens_per_s == 0.2
 
 
 def test_a_window_in_which_nothing_came_has_no_figures() -> None:
     found = window_figures([TokenTrace(prompt_tokens=1, started_s=0.0)], [], 0.0, 1.0)
-    assert (found.tokens_per_s, found.tpot_p50_s, found.gap_max_s, found.prompt_share) == (0.0, None, None, 0.0)
+    assert (found.tokens_per_s, found.tpot_p50_s, found.gap_max_s) == (0.0, None, None)
 
 
 def test_spread_leaves_out_what_is_missing() -> None:
@@ -137,17 +136,23 @@ def test_a_bound_knows_the_link_and_the_costs() -> None:
     )
 
 
-def test_a_load_is_what_was_seen() -> None:
-    seen = window_figures([trace(0.0, 1.0, 2.0)], [trace(0.0, 1.0, prompt_tokens=1500)], 0.0, 10.0)
-    load = load_of(LoadShape(streams=8), seen)
-    assert (load.sequences, load.context_tokens, load.prompt_share, load.prompt_tokens_per_s) == (8, 64.0, 16.0, 150.0)
+def test_only_prompts_that_were_answered_were_carried_for_certain() -> None:
+    load = SteadyLoad(shape=LoadShape(streams=8), began_s=100.0)
+    load.newcomers = [
+        trace(101.0, 104.0, prompt_tokens=1500),
+        trace(106.0, 111.0, prompt_tokens=1500),
+        trace(107.0, prompt_tokens=1500, is_complete=False),
+    ]
+    found = load_of(load, 110.0)
+    assert (found.sequences, found.context_tokens, found.prompt_share) == (8, 64.0, 31 / 64)
+    assert found.prompt_tokens_per_s == 150.0
 
 
 def result_of(cell: Cell, *rates: float, tpot_s: float = 0.05) -> dict[str, Any]:
     runs = [
         WindowFigures(
             tokens_per_s=rate, requests=3, tpot_p50_s=tpot_s, tpot_p99_s=2 * tpot_s, gap_p50_s=tpot_s, gap_p99_s=0.2,
-            gap_max_s=0.3, ttft_p50_s=None, prompt_share=0.5, newcomer_tokens_per_s=0.0, newcomer_ttfts_s=(),
+            gap_max_s=0.3, ttft_p50_s=None, newcomer_ttfts_s=(),
         )
         for rate in rates
     ]  # fmt: skip
