@@ -5,8 +5,10 @@ from __future__ import annotations
 from math import ceil
 
 from molink_stage_worker.planning.cycle import Cycle, Machine
+from molink_stage_worker.planning.step_load import StepLoad, pays_together
 
 LEAST_CHUNK = 16
+_ALONG_SIZES = (8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 192, 256)
 MOST_CHUNKS_UNDER_WAY = 32
 _STALL_SHARE = 0.25
 """Of the cycle: what one chunk may take of a stage."""
@@ -83,6 +85,21 @@ def shared_chunk_tokens(
         for chunk in sizes
     ]
     return _largest_within(sizes, costs_s, latency_target_s)
+
+
+def along_tokens(machine: Machine, *, chunk_tokens: int, context_tokens: int, size: int) -> int:
+    """Prompt tokens to compute in one pass with a decode step of `size` sequences; 0: none.
+
+    As many as the slowest stage would itself take along (see `step_load.pays_together`).
+    """
+    decode = StepLoad(tokens=size, prompt_tokens=0, sequences=size, context_tokens=size * context_tokens)
+    pays = 0
+    for count in _ALONG_SIZES:
+        chunk = StepLoad(tokens=count, prompt_tokens=count, sequences=1, context_tokens=context_tokens)
+        if count > chunk_tokens or not all(pays_together(curve, decode, chunk) for curve in machine.stages):
+            break
+        pays = count
+    return pays
 
 
 def chunks_under_way(machine: Machine, *, chunk_tokens: int, context_tokens: int, cycle: Cycle | None) -> int:

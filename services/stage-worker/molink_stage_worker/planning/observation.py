@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from molink_common.messages import StageCostReport
 from molink_common.wire import Traffic
+from molink_stage_worker.planning.step_load import StepLoad
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,9 @@ class StepObservation:
     """By stage, head first: from the frame's arrival (at the head: from the plan) until its computation began."""
     ring_s: float
     """From the plan until the tokens were back, by the head's clock."""
+    passes: tuple[StepLoad | None, ...] | None = None
+    """By stage, everything computed in the same pass over its layers, this step included; None: another step of the
+    pass tells. None for all: each stage computed the step alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

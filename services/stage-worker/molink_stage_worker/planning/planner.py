@@ -15,6 +15,7 @@ from molink_stage_worker.planning.observation import Demand, PlannerReport, Step
 from molink_stage_worker.planning.published import published_micro_batches
 from molink_stage_worker.planning.ring import NO_LINKS, Links, RingEstimator
 from molink_stage_worker.planning.stage_cost import StageEstimator
+from molink_stage_worker.planning.step_load import StepLoad
 
 WHOLE_PROMPT = MAX_STEP_TOKENS
 _PLANS_EVERY_S = 0.25
@@ -57,7 +58,7 @@ class Planner:
         self._plan = self._default_plan()
         self._planned_at_s: float | None = None
         self._planned_for: Demand | None = None
-        self._cut_at_s = 0.0
+        self._cut_at_s: float | None = None
         self._choice = MicroBatchChoice(self._plan.micro_batches)
 
     def on_step(self, step: StepObservation, now_s: float) -> None:
@@ -66,13 +67,22 @@ class Planner:
             return
         self._fade_prompts(now_s)
         prompt_tokens = step.tokens - step.decode_tokens
-        for index, (stage, compute_s) in enumerate(zip(self._stages, step.compute_s, strict=True)):
-            if prompt_tokens > 0:
-                self._prompt_s[index] += self._prompt_part_s(stage, step, compute_s)
+        alone = StepLoad(
+            tokens=step.tokens,
+            prompt_tokens=prompt_tokens,
+            sequences=step.sequences,
+            context_tokens=step.context_tokens,
+        )
+        passes = step.passes or (alone,) * self._num_stages
+        for index, (stage, load, compute_s) in enumerate(zip(self._stages, passes, step.compute_s, strict=True)):
+            if load is None or load.tokens < 1:
+                continue
+            if load.prompt_tokens > 0:
+                self._prompt_s[index] += self._prompt_part_s(stage, load, compute_s)
             stage.on_step(
-                tokens=step.tokens,
-                sequences=step.sequences,
-                context_tokens=step.context_tokens,
+                tokens=load.tokens,
+                sequences=load.sequences,
+                context_tokens=load.context_tokens,
                 compute_s=compute_s,
             )
         if self._num_stages > 1:
@@ -166,16 +176,25 @@ class Planner:
                 latency_target_s=self._latency_target_s,
             )
         chunk_tokens = self._damped(wanted, separate, now_s)
+        along_tokens = 0
+        if separate and demand.decoding:
+            along_tokens = chunks.along_tokens(
+                machine,
+                chunk_tokens=chunk_tokens,
+                context_tokens=demand.context_tokens,
+                size=-(-demand.decoding // micro_batches),
+            )
         return BatchPlan(
             micro_batches=micro_batches,
             chunk_tokens=chunk_tokens,
             chunks_under_way=chunks.chunks_under_way(
                 machine,
-                chunk_tokens=chunk_tokens,
+                chunk_tokens=along_tokens or chunk_tokens,
                 context_tokens=demand.context_tokens,
                 cycle=self._cycle if demand.decoding else None,
             ),
             separate_prefill=separate,
+            along_tokens=along_tokens,
         )
 
     def _damped(self, wanted: int, separate: bool, now_s: float) -> int:
@@ -183,7 +202,7 @@ class Planner:
         before = self._plan.chunk_tokens
         if separate == self._plan.separate_prefill:
             is_near = before <= _CHUNK_CHANGE * wanted and wanted <= _CHUNK_CHANGE * before
-            if is_near or now_s - self._cut_at_s < _CHUNK_REST_S:
+            if is_near or (self._cut_at_s is not None and now_s - self._cut_at_s < _CHUNK_REST_S):
                 return before
         self._cut_at_s = now_s
         return wanted
@@ -212,7 +231,7 @@ class Planner:
             decoding=demand.decoding,
             context_tokens=demand.context_tokens,
             micro_batches=min(micro_batches, demand.decoding),
-            chunk_tokens=min(self._plan.chunk_tokens, self._step_tokens),
+            chunk_tokens=min(self._plan.along_tokens or self._plan.chunk_tokens, self._step_tokens),
         )
 
     def _default_plan(self) -> BatchPlan:
@@ -258,15 +277,16 @@ class Planner:
     def _links(self) -> Links | None:
         return NO_LINKS if self._num_stages == 1 else self._ring.links()
 
-    def _prompt_part_s(self, stage: StageEstimator, step: StepObservation, compute_s: float) -> float:
-        """What the step's prompt tokens cost: all, or what decode alone would not have."""
-        if step.decode_tokens == 0:
+    def _prompt_part_s(self, stage: StageEstimator, load: StepLoad, compute_s: float) -> float:
+        """What the prompt tokens of a pass cost: all, or what decode alone would not have."""
+        decode_tokens = load.tokens - load.prompt_tokens
+        if decode_tokens <= 0:
             return compute_s
         curve = stage.curve()
         if curve is None:
-            return compute_s * (1.0 - step.decode_tokens / step.tokens)
-        context_tokens = step.context_tokens * step.decode_tokens // max(step.sequences, 1)
-        return max(compute_s - curve.compute_s(step.decode_tokens, step.decode_tokens, context_tokens), 0.0)
+            return compute_s * load.prompt_tokens / load.tokens
+        context_tokens = load.context_tokens * decode_tokens // max(load.sequences, 1)
+        return max(compute_s - curve.compute_s(decode_tokens, decode_tokens, context_tokens), 0.0)
 
     def _fade_prompts(self, now_s: float) -> None:
         before_s = self._prompts_at_s

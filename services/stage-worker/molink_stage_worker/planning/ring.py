@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from math import exp
 
 from molink_stage_worker.planning.observation import StepObservation
 
@@ -19,8 +20,8 @@ _LEAST_STEPS = 6
 _QUANTILE = 0.25
 _SPREAD = 1.5
 _SLOPE_GAIN = 0.1
-_BUSY = 0.7
-_BUSY_OVER_S = 2.0
+_BUSY = 0.65
+_BUSY_OVER_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +77,7 @@ class RingEstimator:
     def on_step(self, step: StepObservation, now_s: float, *, is_decode: bool) -> None:
         """A step came back. Only decode steps tell the latency: bulk frames wait for their window."""
         if self._last_s is not None and now_s > self._last_s:
-            self._bytes *= max(1.0 - (now_s - self._last_s) / _BUSY_OVER_S, 0.0)
+            self._bytes *= exp((self._last_s - now_s) / _BUSY_OVER_S)
         self._last_s = now_s if self._last_s is None else max(now_s, self._last_s)
         self._bytes += step.payload_bytes
         if not is_decode:

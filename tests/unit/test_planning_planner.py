@@ -1,0 +1,185 @@
+"""The planner's rules, one by one, without a simulated machine around them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from molink_common.messages import PipelinePolicy, Scheduling
+from molink_common.wire import MAX_STEP_TOKENS, Traffic
+from molink_stage_worker.batch_plan import BatchPlan
+from molink_stage_worker.planning import Demand, Planner, StepObservation
+from molink_stage_worker.planning.chunks import grid, separates
+from molink_stage_worker.planning.cycle import Bottleneck, Machine, distinct_counts, predict
+from molink_stage_worker.planning.published import published_micro_batches
+from molink_stage_worker.planning.ring import NO_LINKS, Links
+from molink_stage_worker.planning.stage_cost import StageCurve
+
+FLAT = StageCurve(
+    tokens=(1.0, 64.0), times_s=(0.01, 0.01), fixed_s=0.01, per_token_s=0.0, per_sequence_s=0.0,
+    per_context_token_s=0.0,
+)  # fmt: skip
+LINKS = Links(latency_s=0.06, s_per_byte=8e-8, seen_bytes=0.0, rate_bytes_per_s=12.5e6)
+MACHINE = Machine(stages=(FLAT, FLAT), prompt_shares=(0.0, 0.0), token_bytes=1000, links=LINKS, scatter=0.0)
+
+
+def make_planner(*, num_stages: int = 2, latency_target_s: float | None = None, **policy: object) -> Planner:
+    return Planner(
+        num_stages=num_stages,
+        token_bytes=16384,
+        step_tokens=256,
+        policy=PipelinePolicy.model_validate(policy),
+        latency_target_s=latency_target_s,
+    )
+
+
+def make_demand(decoding: int) -> Demand:
+    return Demand(decoding=decoding, context_tokens=60, prompt_tokens_waiting=0)
+
+
+def feed(planner: Planner, *, steps: int, since_s: float, tokens: int = 8, links_s: float = 0.04) -> float:
+    """Steps of an affine machine; the time after them."""
+    now_s = since_s
+    for _ in range(steps):
+        compute_s = 0.008 + 0.0016 * tokens
+        now_s += 0.05
+        planner.on_step(
+            StepObservation(
+                traffic=Traffic.DECODE, tokens=tokens, sequences=tokens, context_tokens=60 * tokens,
+                decode_tokens=tokens, payload_bytes=16384 * tokens, compute_s=(compute_s, compute_s),
+                waited_s=(0.0, 0.0), ring_s=2 * compute_s + links_s,
+            ),
+            now_s,
+        )  # fmt: skip
+    return now_s
+
+
+def test_before_measuring_there_is_a_micro_batch_for_each_stage() -> None:
+    plan = make_planner(num_stages=3).plan(make_demand(32), 0.0)
+    assert plan == BatchPlan(micro_batches=3, chunk_tokens=256, chunks_under_way=3, separate_prefill=False)
+
+
+def test_a_fixed_count_stays() -> None:
+    planner = make_planner(micro_batches=5)
+    now_s = feed(planner, steps=50, since_s=0.0)
+    planner.on_link(12.5e6, 0.03)
+    assert planner.plan(make_demand(32), now_s).micro_batches == 5
+    assert planner.report().cycle_s is not None
+
+
+def test_plain_has_one_whole_step_under_way() -> None:
+    planner = make_planner(scheduling=Scheduling.PLAIN)
+    now_s = feed(planner, steps=50, since_s=0.0)
+    assert planner.plan(make_demand(32), now_s) == BatchPlan(
+        micro_batches=1, chunk_tokens=MAX_STEP_TOKENS, chunks_under_way=1, separate_prefill=False
+    )
+
+
+def test_published_computes_prompts_whole_and_apart() -> None:
+    planner = make_planner(scheduling=Scheduling.PUBLISHED)
+    now_s = feed(planner, steps=50, since_s=0.0)
+    plan = planner.plan(make_demand(32), now_s)
+    assert plan.separate_prefill
+    assert (plan.chunk_tokens, plan.chunks_under_way) == (MAX_STEP_TOKENS, 1)
+    assert plan.micro_batches > 2
+
+
+def published(sequences: int, *, assumed_bytes_per_s: float, head: StageCurve | None = FLAT) -> int:
+    return published_micro_batches(
+        head, sequences=sequences, context_tokens=60, num_stages=2, token_bytes=16384,
+        assumed_bytes_per_s=assumed_bytes_per_s,
+    )  # fmt: skip
+
+
+def test_the_published_rule() -> None:
+    assert published(1, assumed_bytes_per_s=12.5e6) == 1
+    assert published(2, assumed_bytes_per_s=12.5e6) == 2
+    assert published(32, assumed_bytes_per_s=12.5e6, head=None) == 2
+    # 15 ms of computing for each further one; a fast link costs 2 × 5 ms and a little
+    assert published(32, assumed_bytes_per_s=125e6) == 3
+    # 100 Mbit/s: 2 × 15.5 ms with four, just over 2 × 15 ms; 2 × 12.9 ms with five, within 3 × 15 ms
+    assert published(32, assumed_bytes_per_s=12.5e6) == 5
+    assert published(64, assumed_bytes_per_s=1e5) == 10
+
+
+def test_demand_that_doubles_is_answered_at_once_and_small_changes_are_not() -> None:
+    planner = make_planner()
+    planner.on_link(12.5e6, 0.03)
+    now_s = feed(planner, steps=60, since_s=0.0, tokens=2)
+    few = planner.plan(make_demand(4), now_s).micro_batches
+    many = planner.plan(make_demand(60), now_s + 0.01).micro_batches
+    assert many > few
+    assert planner.plan(make_demand(59), now_s + 0.02).micro_batches == many
+
+
+def test_steps_of_another_pipeline_say_nothing() -> None:
+    planner = make_planner(num_stages=3)
+    feed(planner, steps=50, since_s=0.0)
+    assert planner.report().costs == ()
+
+
+def test_it_reports_costs_and_the_bottleneck() -> None:
+    planner = make_planner()
+    assert planner.report().bottleneck == "not known yet"
+    now_s = feed(planner, steps=50, since_s=0.0)
+    planner.on_link(12.5e6, 0.03)
+    planner.plan(make_demand(32), now_s)
+    report = planner.report()
+    assert len(report.costs) == 2
+    assert report.costs[0].observations == 50
+    assert report.cycle_s is not None
+    assert report.bottleneck != "not known yet"
+
+
+def test_a_latency_target_bounds_a_shared_chunk() -> None:
+    planner = make_planner(latency_target_s=0.1)
+    now_s = feed(planner, steps=50, since_s=0.0, tokens=64)
+    planner.on_link(12.5e9, 0.03)
+    plan = planner.plan(make_demand(8), now_s)
+    assert not plan.separate_prefill
+    assert plan.chunk_tokens < 64
+
+
+def test_each_bound_of_a_cycle() -> None:
+    stage = predict(MACHINE, decoding=32, context_tokens=60, micro_batches=16, chunk_tokens=64)
+    assert stage.bottleneck is Bottleneck.STAGE
+    assert stage.stage_s == pytest.approx(0.16)
+    ring = predict(MACHINE, decoding=32, context_tokens=60, micro_batches=2, chunk_tokens=64)
+    assert ring.bottleneck is Bottleneck.RING
+    assert ring.ring_s == pytest.approx(0.02 + 0.06 + 16_000 * 8e-8)
+    slow = replace(MACHINE, links=replace(LINKS, rate_bytes_per_s=1e4))
+    link = predict(slow, decoding=32, context_tokens=60, micro_batches=8, chunk_tokens=64)
+    assert link.bottleneck is Bottleneck.LINK
+    assert link.link_s == pytest.approx(3.2)
+
+
+def test_prompts_take_their_share_of_a_stage() -> None:
+    busy = replace(MACHINE, prompt_shares=(0.5, 0.0))
+    cycle = predict(busy, decoding=32, context_tokens=60, micro_batches=16, chunk_tokens=64)
+    assert cycle.stage_s == pytest.approx(0.32)
+
+
+def test_counts_that_make_no_difference_are_left_out() -> None:
+    assert distinct_counts(1) == [1]
+    assert distinct_counts(8) == [1, 2, 3, 4, 8]
+    assert distinct_counts(1000)[-1] <= 64
+
+
+def test_prompts_go_apart_where_they_would_hold_decode_up_and_together_again_only_far_below() -> None:
+    def apart(rate_bytes_per_s: float | None, *, is_separate: bool) -> bool:
+        machine = replace(MACHINE, links=replace(LINKS, rate_bytes_per_s=rate_bytes_per_s))
+        return separates(machine, step_tokens=256, cycle_s=0.1, is_separate=is_separate)
+
+    assert not apart(None, is_separate=True)
+    assert apart(25e6, is_separate=False)
+    assert not apart(26e6, is_separate=False)
+    assert apart(26e6, is_separate=True)
+    assert not apart(52e6, is_separate=True)
+    assert not separates(replace(MACHINE, links=NO_LINKS), step_tokens=256, cycle_s=0.1, is_separate=False)
+
+
+def test_sizes_of_chunks() -> None:
+    assert grid(64) == [16, 20, 24, 28, 32, 40, 48, 56, 64]
+    assert grid(8) == [8]
+    assert grid(100)[-1] == 100

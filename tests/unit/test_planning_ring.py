@@ -1,0 +1,83 @@
+"""What the planner learns of the links from the way round."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from molink_common.wire import Traffic
+from molink_stage_worker.planning import StepObservation
+from molink_stage_worker.planning.ring import Links, RingEstimator
+
+
+def observe(payload_bytes: int, links_s: float) -> StepObservation:
+    return StepObservation(
+        traffic=Traffic.DECODE, tokens=8, sequences=8, context_tokens=400, decode_tokens=8,
+        payload_bytes=payload_bytes, compute_s=(0.02, 0.03), waited_s=(0.001, 0.004), ring_s=0.055 + links_s,
+    )  # fmt: skip
+
+
+def learn(ring: RingEstimator, *, latency_s: float, s_per_byte: float, payloads: list[int], since_s: float) -> Links:
+    dice = random.Random(4)
+    for index in range(80):
+        payload_bytes = payloads[index % len(payloads)]
+        links_s = latency_s * dice.gauss(1.0, 0.1) + payload_bytes * s_per_byte
+        ring.on_step(observe(payload_bytes, links_s), since_s + 0.1 * index, is_decode=True)
+    links = ring.links()
+    assert links is not None
+    return links
+
+
+def test_latency_and_the_part_that_grows_are_told_apart() -> None:
+    links = learn(
+        RingEstimator(links=1), latency_s=0.03, s_per_byte=8e-8, payloads=[65_536, 262_144, 524_288], since_s=0.0
+    )
+    assert links.latency_s == pytest.approx(0.03, rel=0.25)
+    assert links.s_per_byte == pytest.approx(8e-8, rel=0.2)
+    assert links.rate_bytes_per_s == pytest.approx(12.5e6, rel=0.2)
+
+
+def test_the_own_links_rate_stands_for_all_until_payloads_differ() -> None:
+    ring = RingEstimator(links=2)
+    ring.on_link(12.5e6)
+    links = learn(ring, latency_s=0.06, s_per_byte=16e-8, payloads=[131_072], since_s=0.0)
+    assert links.s_per_byte == pytest.approx(16e-8)
+    assert links.latency_s == pytest.approx(0.06, rel=0.2)
+
+
+def test_where_nothing_tells_them_apart_no_other_payload_is_believed_to_pay() -> None:
+    links = learn(RingEstimator(links=1), latency_s=0.06, s_per_byte=0.0, payloads=[100_000], since_s=0.0)
+    assert links.s_per_byte is None
+    assert links.time_s(50_000) == links.time_s(100_000)
+    assert links.time_s(200_000) == pytest.approx(2 * links.time_s(100_000))
+
+
+def test_a_change_is_followed_in_seconds() -> None:
+    ring = RingEstimator(links=1)
+    learn(ring, latency_s=0.03, s_per_byte=0.0, payloads=[1152], since_s=0.0)
+    assert learn(ring, latency_s=0.1, s_per_byte=0.0, payloads=[1152], since_s=8.0).latency_s == pytest.approx(
+        0.1, rel=0.2
+    )
+    assert learn(ring, latency_s=0.03, s_per_byte=0.0, payloads=[1152], since_s=16.0).latency_s == pytest.approx(
+        0.03, rel=0.2
+    )
+
+
+def test_queueing_on_a_full_link_is_not_taken_for_latency() -> None:
+    ring = RingEstimator(links=1)
+    ring.on_link(1.25e6)
+    for index in range(20):
+        ring.on_step(observe(12_500, 0.04), 0.1 * index, is_decode=True)
+    for index in range(100):
+        ring.on_step(observe(62_500, 0.08 + min(0.02 * index, 0.4)), 2.0 + 0.05 * index, is_decode=True)
+    links = ring.links()
+    assert links is not None
+    assert links.latency_s < 0.045
+
+
+def test_a_bulk_step_says_nothing_about_latency() -> None:
+    ring = RingEstimator(links=1)
+    for index in range(50):
+        ring.on_step(observe(1152, 5.0), 0.1 * index, is_decode=False)
+    assert ring.links() is None

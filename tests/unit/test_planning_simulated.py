@@ -1,0 +1,107 @@
+"""The planner drives a simulated pipeline and has to come close to the best fixed count of micro-batches."""
+
+from __future__ import annotations
+
+from statistics import mean
+
+import pytest
+
+from molink_stage_worker.planning.cycle import distinct_counts
+from tests.planning_simulator import (
+    LAN,
+    SLOW_30,
+    WAN_30,
+    WAN_100,
+    Cost,
+    Pipeline,
+    Wire,
+    affine,
+    roofline,
+    stairs,
+)
+
+SETTLED_S = 5.0
+UNEQUAL = [affine(0.004, 0.001), affine(0.010, 0.002), roofline()]
+
+
+@pytest.mark.parametrize(
+    ("stages", "wire", "sequences", "token_bytes", "link_is_measured"),
+    [
+        ([affine()] * 2, LAN, 8, 1152, True),
+        ([affine()] * 2, WAN_30, 32, 1152, False),
+        ([affine()] * 3, WAN_30, 32, 16384, True),
+        ([roofline()] * 2, LAN, 64, 16384, True),
+        ([roofline()] * 2, WAN_30, 32, 16384, True),
+        ([roofline()] * 2, WAN_100, 32, 16384, True),
+        ([roofline()] * 2, SLOW_30, 32, 16384, True),
+        ([roofline()] * 5, WAN_30, 32, 1152, True),
+        (UNEQUAL, WAN_30, 32, 16384, False),
+        ([stairs()] * 2, WAN_30, 32, 1152, True),
+    ],
+)
+def test_throughput_is_within_5_percent_of_the_best_fixed_count(
+    stages: list[Cost], wire: Wire, sequences: int, token_bytes: int, link_is_measured: bool
+) -> None:
+    fixed = {}
+    for count in distinct_counts(sequences):
+        pipeline = Pipeline(stages, wire, sequences=sequences, token_bytes=token_bytes, micro_batches=count).run(7.0)
+        fixed[count] = pipeline.tokens_per_s(2.0)
+
+    planned = Pipeline(
+        stages, wire, sequences=sequences, token_bytes=token_bytes, link_is_measured=link_is_measured
+    ).run(16.0)
+
+    assert planned.tokens_per_s(SETTLED_S) >= 0.95 * max(fixed.values()), (fixed, planned.counts)
+    assert planned.changes(SETTLED_S) <= 6, planned.counts
+
+
+def test_a_link_that_gets_slower_gets_more_micro_batches() -> None:
+    pipeline = Pipeline([roofline()] * 2, WAN_30, sequences=32, token_bytes=1152).run(10.0)
+    before = pipeline.counts[-1][1]
+
+    pipeline.wire = WAN_100
+    pipeline.run(22.0)
+
+    best = max(
+        Pipeline([roofline()] * 2, WAN_100, sequences=32, token_bytes=1152, micro_batches=count)
+        .run(7.0)
+        .tokens_per_s(2.0)
+        for count in range(2, 9)
+    )
+    latency_s = pipeline.planner.report().link_latency_s
+    assert latency_s is not None
+    assert 0.08 < latency_s < 0.12
+    assert pipeline.counts[-1][1] >= before
+    assert pipeline.tokens_per_s(15.0) >= 0.94 * best
+
+
+def test_a_stage_that_gets_slower_gets_fewer_micro_batches() -> None:
+    pipeline = Pipeline([affine()] * 2, WAN_100, sequences=32, token_bytes=1152).run(10.0)
+    before = pipeline.counts[-1][1]
+
+    slow = affine(0.024, 0.0048)
+    pipeline.stages = [affine(), slow]
+    pipeline.run(30.0)
+
+    best = max(
+        Pipeline([affine(), slow], WAN_100, sequences=32, token_bytes=1152, micro_batches=count)
+        .run(9.0)
+        .tokens_per_s(3.0)
+        for count in range(1, 9)
+    )
+    assert pipeline.counts[-1][1] < before
+    assert pipeline.tokens_per_s(18.0) >= 0.95 * best
+
+
+def test_long_prompts_hardly_disturb_those_that_decode() -> None:
+    """32 streams on GPUs at 100 Mbit/s and 30 ms, and 24 MB of a prompt's hidden states every five seconds."""
+    alone = Pipeline([roofline()] * 2, WAN_30, sequences=32).run(22.0)
+    mixed = Pipeline([roofline()] * 2, WAN_30, sequences=32)
+    mixed.prompts_every(5.0, 1500)
+    mixed.run(24.0)
+
+    assert mixed.plan is not None
+    assert mixed.plan.separate_prefill
+    assert mixed.gap_s(0.5, 8.0) <= 1.2 * alone.gap_s(0.5, 8.0)
+    assert mixed.gap_s(0.99, 8.0) <= 1.6 * alone.gap_s(0.99, 8.0)
+    assert mean(mixed.first_tokens_s) < 5.0
