@@ -27,6 +27,11 @@ from molink_common.wire import (
 U32 = st.integers(0, 2**32 - 1)
 SEQUENCE_NUMBER = st.integers(0, 2**63 - 1)
 
+TIMINGS = st.builds(
+    StageTiming,
+    compute_us=U32, waited_us=U32, tokens=U32, prompt_tokens=U32, sequences=U32, context_tokens=U32,
+)  # fmt: skip
+
 entries = st.lists(
     st.builds(
         Entry,
@@ -86,7 +91,7 @@ def frames(draw: st.DrawFn) -> StepFrame:
         hidden=memoryview(bytes([filler]) * size),
         codec=codec,
         traffic=draw(st.sampled_from(Traffic)),
-        timings=tuple(draw(st.lists(st.builds(StageTiming, compute_us=U32, waited_us=U32), max_size=4))),
+        timings=tuple(draw(st.lists(TIMINGS, max_size=4))),
     )
 
 

@@ -43,6 +43,7 @@ class Stages:
         self.limits = limits
         self.fence = Fence(pipeline=1, epoch=1)
         self.lives = Lives()
+        self.holes = 0
         self.tables: dict[int, list[int]] = {}
         self.lengths: dict[int, int] = {}
         self.generated: dict[str, int] = {}
@@ -55,6 +56,7 @@ class Stages:
         )  # fmt: skip
         assert self.fence.check(frame) is None
         hole = self.fence.enter(plan.step, plan.entries, plan.closes)
+        self.holes += hole is not None
         for name in self.lives.close(plan.closes):
             self.tables.pop(int(name, 16), None)
             self.lengths.pop(int(name, 16), None)
@@ -259,20 +261,29 @@ def test_the_allocator_never_loses_or_doubles_a_block(moves: list[tuple[int, int
     st.booleans(),
 )
 def test_without_trouble_every_sequence_gets_all_its_tokens(
-    wishes: list[tuple[int, int]], under_way: int, chunk: int, separate: bool
+    wishes: list[tuple[int, int]], most: int, chunk: int, separate: bool
 ) -> None:
     limits = BatchLimits(num_blocks=64, block_size=4, step_tokens=16, max_running=8)
-    plan = BatchPlan(micro_batches=under_way, chunk_tokens=chunk, chunks_under_way=2, separate_prefill=separate)
+    plan = BatchPlan(
+        micro_batches=most, chunk_tokens=chunk, chunks_under_way=3, separate_prefill=separate, along_tokens=chunk
+    )
     batcher, stages = Batcher(limits, plan), Stages(limits)
     for number, (prompt, new) in enumerate(wishes):
         batcher.add(make_start(number, prompt, new))
-    pending: deque[StepTokens] = deque()
+    under_way: dict[Traffic, deque[StepPlan]] = {traffic: deque() for traffic in Traffic}
     got: dict[str, list[int]] = {}
-    for _ in range(sum(prompt + new for prompt, new in wishes) * 3 + 10):
-        if (step := batcher.next_step()) is not None:
-            pending.append(stages.run(step))
-        elif pending:
-            tokens = pending.popleft()
+    for _ in range(sum(prompt + new for prompt, new in wishes) * 4 + 10):
+        step = batcher.next_step()
+        if step is not None:
+            under_way[step.traffic].append(step)
+        if step is not None and (along := batcher.step_along()) is not None:
+            under_way[along.traffic].append(along)
+        if step is None:
+            # decode overtakes whatever it can
+            queue = under_way[Traffic.DECODE] or under_way[Traffic.BULK]
+            if not queue:
+                break
+            tokens = stages.run(queue.popleft())
             for event in tokens.events:
                 got.setdefault(event.sequence, []).append(event.token)
             batcher.on_tokens(tokens)
@@ -280,3 +291,4 @@ def test_without_trouble_every_sequence_gets_all_its_tokens(
     for number, (_, new) in enumerate(wishes):
         assert got[sequence_id(number)] == [token_of(number, index) for index in range(new)]
     assert batcher.sequences == ()
+    assert not stages.holes, "a step overtook one that it builds on"

@@ -1,7 +1,7 @@
 """Activation frames: what one stage publishes for the next.
 
     ┌─────────────┬───────────────────┬───────────────┬──────────────┬────────────┬─────────┬───────────────────┐
-    │ header 40 B │ entries 20 B each │ new KV blocks │ timings 8 B  │ extra JSON │ padding │ hidden states T×H │
+    │ header 40 B │ entries 20 B each │ new KV blocks │ timings 24 B │ extra JSON │ padding │ hidden states T×H │
     └─────────────┴───────────────────┴───────────────┴──────────────┴────────────┴─────────┴───────────────────┘
 
 Little-endian. The entries say which sequences the T rows belong to, in order; each names the KV blocks that
@@ -15,7 +15,7 @@ Nothing here runs code that a peer sent. Whatever does not parse, in any byte, i
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from enum import IntEnum
 from typing import Annotated
 
@@ -30,7 +30,7 @@ from molink_common.sampling import SamplingOptions
 _MAGIC = b"ML"
 _HEADER = struct.Struct("<2sBBBBHIIQHHIII")
 _ENTRY = struct.Struct("<QIIBBH")
-_TIMING = struct.Struct("<II")
+_TIMING = struct.Struct("<IIIIII")
 _BULK_FLAG = 1
 _MAX_U32 = 0xFFFFFFFF
 _ALIGNMENT = 16
@@ -72,6 +72,14 @@ class StageTiming:
     compute_us: int
     waited_us: int
     """From the frame's arrival (at the head: from the plan) until its computation began."""
+    tokens: int
+    """Computed in the same pass, this step's and others'. 0: another step of the pass tells."""
+    prompt_tokens: int
+    sequences: int
+    context_tokens: int
+
+
+_TIMING_FIELDS = tuple(field.name for field in fields(StageTiming))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,7 +189,7 @@ def encode_frame(frame: StepFrame) -> bytearray:
     struct.pack_into(f"<{num_blocks}I", out, at, *blocks)
     at += 4 * num_blocks
     for timing in frame.timings:
-        _TIMING.pack_into(out, at, min(timing.compute_us, _MAX_U32), min(timing.waited_us, _MAX_U32))
+        _TIMING.pack_into(out, at, *(min(value, _MAX_U32) for value in astuple(timing)))
         at += _TIMING.size
     out[at : at + len(frame.extra)] = frame.extra
     out[tensor_at:] = frame.hidden
@@ -218,8 +226,8 @@ def decode_frame(data: bytes | bytearray | memoryview) -> StepFrame:
     timings_at = HEADER_BYTES + _ENTRY.size * num_entries + 4 * num_blocks
     extra_at = timings_at + _TIMING.size * num_timings
     timings = tuple(
-        StageTiming(compute_us=compute_us, waited_us=waited_us)
-        for compute_us, waited_us in _TIMING.iter_unpack(view[timings_at:extra_at])
+        StageTiming(**dict(zip(_TIMING_FIELDS, values, strict=True)))
+        for values in _TIMING.iter_unpack(view[timings_at:extra_at])
     )
     return StepFrame(
         pipeline=pipeline,

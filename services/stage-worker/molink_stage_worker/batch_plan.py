@@ -38,6 +38,9 @@ class BatchPlan:
     """With `separate_prefill`: prompt steps to keep under way beside the decode steps."""
     separate_prefill: bool
     """Whether prompt chunks go in steps of their own, of class bulk, or share steps with decode tokens."""
+    along_tokens: int = 0
+    """With `separate_prefill`: prompt tokens that the head may compute in one pass with a decode step, as a step of
+    their own. They cost little there, since the pass reads the weights anyway."""
 
     def __post_init__(self) -> None:
         if min(self.micro_batches, self.chunk_tokens, self.chunks_under_way) < 1:

@@ -142,6 +142,14 @@ class Batcher:
                 return self._commit(chosen, traffic)
         return self._step_without_entries()
 
+    def step_along(self) -> StepPlan | None:
+        """A step of prompt chunks to be computed in one pass with the decode step that was just planned."""
+        if not self.plan.separate_prefill or self._counts[Traffic.BULK] >= self.plan.chunks_under_way:
+            return None
+        chosen: dict[str, int] = {}
+        self._choose_chunks(chosen, Traffic.BULK, self.plan.along_tokens)
+        return self._commit(chosen, Traffic.BULK) if chosen else None
+
     def take_failed(self) -> tuple[str, ...]:
         """Sequences given up since the last call: no room for their next token, or lost too often."""
         failed, self._failed = tuple(self._failed), []
@@ -241,7 +249,7 @@ class Batcher:
         if traffic is Traffic.DECODE:
             self._choose_decode(chosen)
         if traffic is Traffic.BULK or not self.plan.separate_prefill:
-            self._choose_chunks(chosen, traffic)
+            self._choose_chunks(chosen, traffic, self.plan.chunk_tokens)
         return chosen
 
     def _choose_decode(self, chosen: dict[str, int]) -> None:
@@ -254,16 +262,18 @@ class Batcher:
         for sequence in list(self._running.values()):
             if len(chosen) >= share:
                 break
-            if sequence.is_decoding and sequence.unplanned and self._make_room(sequence, chosen):
+            if not sequence.unplanned or not self._may_decode(sequence):
+                continue
+            if self._make_room(sequence, chosen):
                 chosen[sequence.id] = 1
 
-    def _choose_chunks(self, chosen: dict[str, int], traffic: Traffic) -> None:
-        budget = min(self._limits.step_tokens - len(chosen), self.plan.chunk_tokens)
+    def _choose_chunks(self, chosen: dict[str, int], traffic: Traffic, most_tokens: int) -> None:
+        budget = min(self._limits.step_tokens - len(chosen), most_tokens)
         opening = 0
         for sequence in self._running.values():
             if budget <= 0:
                 break
-            if sequence.is_decoding or not sequence.unplanned:
+            if not sequence.unplanned or self._may_decode(sequence):
                 continue
             if not self._departures.has_returned(sequence.last_steps, but=traffic):  # classes may overtake each other
                 continue
@@ -273,6 +283,10 @@ class Batcher:
                 opening += len(sequence.tokens)
             chosen[sequence.id] = min(budget, sequence.unplanned)
             budget -= chosen[sequence.id]
+
+    def _may_decode(self, sequence: Sequence) -> bool:
+        """Whether its next token may go in a decode step. The last token of a prompt may not overtake the others."""
+        return sequence.is_decoding and self._departures.has_returned(sequence.last_steps, but=Traffic.DECODE)
 
     def _make_room(self, sequence: Sequence, chosen: dict[str, int]) -> bool:
         """A block for the sequence's next token, at the expense of the newest if there is no other."""
@@ -300,8 +314,8 @@ class Batcher:
             if self._departures.awaits(traffic) and not self._counts[traffic]:
                 return self._commit({}, traffic)
         # closes alone are worth a step only if no other will carry them soon
-        traffic = None if self._under_way else self._departures.class_to_close()
-        return None if traffic is None else self._commit({}, traffic)
+        to_close = None if self._under_way else self._departures.class_to_close()
+        return None if to_close is None else self._commit({}, to_close)
 
     def _commit(self, chosen: dict[str, int], traffic: Traffic) -> StepPlan:
         entries: list[Entry] = []

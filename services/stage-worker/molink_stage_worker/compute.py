@@ -1,4 +1,6 @@
-"""What happens in the compute thread: one call a step, from the bytes that came in to the bytes that go out.
+"""What happens in the compute thread: a pass over the layers for a step, or for several that wait.
+
+From the bytes that came in to the bytes that go out.
 
 Decoding a frame is a view and encoding it is the one copy that is needed (the engine owns its output until the
 next step), so the event loop has nothing to do but to pass a finished buffer to the socket.
@@ -7,7 +9,8 @@ next step), so the event loop has nothing to do but to pass a finished buffer to
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, field, replace
 
 import torch
 
@@ -19,6 +22,8 @@ from molink_common.wire import Codec, Entry, Extra, Logits, StageTiming, StepFra
 from molink_stage_worker.activation_codec import decode_hidden, encode_hidden
 from molink_stage_worker.engine.interface import Engine
 from molink_stage_worker.lives import Lives
+from molink_stage_worker.planning.stage_cost import StageEstimator
+from molink_stage_worker.planning.step_load import StepLoad, pays_together
 from molink_stage_worker.sampling import Sampler
 
 _NOTHING = memoryview(b"")
@@ -35,6 +40,10 @@ class StageStep:
     """At the head only."""
     ready_ns: int
     """When it could have begun, by `time.perf_counter_ns`."""
+    load: StepLoad = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "load", StepLoad.of(self.frame.entries))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,102 +67,164 @@ class StageResult:
 
 
 class StageCompute:
-    """An engine, and at the tail a sampler. `run` is called from one thread, one step after the other."""
+    """An engine, and at the tail a sampler. Used by one thread."""
 
     def __init__(self, engine: Engine, sampler: Sampler | None, *, codec: Codec = Codec.RAW) -> None:
         self.engine = engine
         self._sampler = sampler
         self._codec = codec
         self._lives = Lives()
+        self._cost = StageEstimator()
 
-    def run(self, step: StageStep) -> StageResult:
-        """Compute a step. What a peer got wrong empties the step; every other error is the caller's to handle."""
-        began_ns = time.perf_counter_ns()
-        started_ns = time.time_ns()
-        closed = self._lives.close(step.extra.closes)
-        refused: tuple[Entry, ...] = ()
-        problem = ""
+    def pays_together(self, steps: Sequence[StageStep], other: StageStep) -> bool:
+        """Whether `other` should be computed in one pass with `steps`, by what passes have cost here so far.
+
+        Never if they share a sequence: one chunk of a prompt needs the keys and values of the chunk before it.
+        """
+        present = {entry.sequence for step in steps for entry in step.frame.entries}
+        if any(entry.sequence in present for entry in other.frame.entries):
+            return False
+        load = sum((step.load for step in steps[1:]), start=steps[0].load)
+        return pays_together(self._cost.curve(), load, other.load)
+
+    def run(self, steps: Sequence[StageStep]) -> list[StageResult]:
+        """Compute steps in one pass. What a peer got wrong empties its step; other errors are for the caller."""
+        closed = [self._lives.close(step.extra.closes) for step in steps]
         try:
-            payload, tokens = self._forward(step, closed, began_ns)
+            return self._forward(steps, closed)
         except ProtocolError as error:
-            refused, problem = step.frame.entries, str(error)
-            empty = replace(step.frame, entries=(), hidden=_NOTHING, codec=Codec.RAW)
-            without = replace(step, frame=empty, token_ids=None if step.token_ids is None else ())
-            payload, tokens = self._forward(without, closed, began_ns)
-        return StageResult(
-            payload=payload,
-            step=step.frame.step,
-            traffic=step.frame.traffic,
-            num_tokens=0 if refused else step.frame.num_tokens,
-            tokens=tokens,
-            traces=tuple(step.extra.traces.values()),
-            started_ns=started_ns,
-            ended_ns=time.time_ns(),
-            refused=refused,
-            problem=problem,
-        )
+            if len(steps) == 1:
+                return [self._run_emptied(steps[0], closed[0], str(error))]
+            return [self._run_alone(step, ended) for step, ended in zip(steps, closed, strict=True)]
 
-    def _forward(
-        self, step: StageStep, closed: tuple[str, ...], began_ns: int
-    ) -> tuple[bytes | bytearray, StepTokens | None]:
-        frame, extra = step.frame, step.extra
+    def _run_alone(self, step: StageStep, closed: tuple[str, ...]) -> StageResult:
+        try:
+            return self._forward([step], [closed])[0]
+        except ProtocolError as error:
+            return self._run_emptied(step, closed, str(error))
+
+    def _run_emptied(self, step: StageStep, closed: tuple[str, ...], problem: str) -> StageResult:
+        empty = replace(step.frame, entries=(), hidden=_NOTHING, codec=Codec.RAW)
+        without = replace(step, frame=empty, token_ids=None if step.token_ids is None else ())
+        return replace(self._forward([without], [closed])[0], refused=step.frame.entries, problem=problem)
+
+    def _forward(self, steps: Sequence[StageStep], closed: Sequence[tuple[str, ...]]) -> list[StageResult]:
+        began_ns, started_ns = time.perf_counter_ns(), time.time_ns()
+        entries = tuple(entry for step in steps for entry in step.frame.entries)
         if self._sampler is not None:
-            for name in closed:
-                self._sampler.close(name)
-            for opening in extra.opens:
-                self._sampler.open(opening)
-            _check_known(self._sampler, frame.entries)
-        hidden = None
-        if step.token_ids is None:
-            hidden = decode_hidden(
-                frame.hidden,
-                num_tokens=frame.num_tokens,
-                hidden_size=frame.hidden_size,
-                dtype=frame.dtype,
-                codec=frame.codec,
+            _prepare(self._sampler, steps, closed)
+        token_ids, hidden = self._inputs(steps)
+        closes = [sequence_number(name) for names in closed for name in names]
+        output = self.engine.run(entries, closes, token_ids=token_ids, hidden=hidden)
+        for step in steps:
+            self._lives.open(step.frame.entries, step.frame.step)
+        token_bytes = self.engine.hidden_size * steps[0].frame.dtype.size_bytes
+        results: list[StageResult] = []
+        token_at = row_at = 0
+        for step in steps:
+            frame = step.frame
+            timing = self._timing(steps, step, began_ns)
+            tokens = None
+            if self._sampler is None:
+                raw = _NOTHING if output.hidden is None else output.hidden
+                own = raw[token_at * token_bytes : (token_at + frame.num_tokens) * token_bytes]
+                payload = self._encode(frame, own, timing)
+            else:
+                rows = sum(_rows_of(entry) for entry in frame.entries)
+                logits_RV = None if output.logits_RV is None else output.logits_RV[row_at : row_at + rows]
+                tokens = _sampled(self._sampler, frame, logits_RV, timing)
+                payload = messages.encode(tokens)
+                row_at += rows
+            token_at += frame.num_tokens
+            results.append(
+                StageResult(
+                    payload=payload,
+                    step=frame.step,
+                    traffic=frame.traffic,
+                    num_tokens=frame.num_tokens,
+                    tokens=tokens,
+                    traces=tuple(step.extra.traces.values()),
+                    started_ns=started_ns,
+                    ended_ns=time.time_ns(),
+                )
             )
-        closes = [sequence_number(name) for name in closed]
-        output = self.engine.run(frame.entries, closes, token_ids=step.token_ids, hidden=hidden)
-        self._lives.open(frame.entries, frame.step)
-        waited_us = max(began_ns - step.ready_ns, 0) // 1000
-        if self._sampler is None:
-            raw = _NOTHING if output.hidden is None else output.hidden
-            hidden = encode_hidden(raw, hidden_size=frame.hidden_size, dtype=frame.dtype, codec=self._codec)
-            timing = StageTiming(compute_us=_since_us(began_ns), waited_us=waited_us)
-            passed_on = replace(frame, hidden=hidden, codec=self._codec, timings=(*frame.timings, timing))
-            return encode_frame(passed_on), None
-        events, failed = self._sample(self._sampler, frame, output.logits_RV)
-        timing = StageTiming(compute_us=_since_us(began_ns), waited_us=waited_us)
-        # built without validation: this runs for every step, and every value is our own
-        tokens = StepTokens.model_construct(
-            pipeline=frame.pipeline,
-            epoch=frame.epoch,
-            step=frame.step,
-            events=tuple(events),
-            failed=tuple(failed),
-            timings=tuple((one.compute_us, one.waited_us) for one in (*frame.timings, timing)),
+        self._learn(entries, began_ns)
+        return results
+
+    def _inputs(self, steps: Sequence[StageStep]) -> tuple[tuple[int, ...] | None, memoryview | None]:
+        """Token ids at the head, hidden states elsewhere."""
+        if steps[0].token_ids is not None:
+            return tuple(token for step in steps for token in step.token_ids or ()), None
+        parts = [
+            decode_hidden(
+                step.frame.hidden,
+                num_tokens=step.frame.num_tokens,
+                hidden_size=step.frame.hidden_size,
+                dtype=step.frame.dtype,
+                codec=step.frame.codec,
+            )
+            for step in steps
+        ]
+        return None, parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
+
+    def _encode(self, frame: StepFrame, raw: memoryview, timing: StageTiming) -> bytes | bytearray:
+        hidden = encode_hidden(raw, hidden_size=frame.hidden_size, dtype=frame.dtype, codec=self._codec)
+        return encode_frame(replace(frame, hidden=hidden, codec=self._codec, timings=(*frame.timings, timing)))
+
+    def _timing(self, steps: Sequence[StageStep], step: StageStep, began_ns: int) -> StageTiming:
+        load = StepLoad.of(())
+        if step is steps[0]:  # the first speaks for the whole pass
+            load = sum((one.load for one in steps), start=load)
+        return StageTiming(
+            compute_us=(time.perf_counter_ns() - began_ns) // 1000,
+            waited_us=max(began_ns - step.ready_ns, 0) // 1000,
+            tokens=load.tokens,
+            prompt_tokens=load.prompt_tokens,
+            sequences=load.sequences,
+            context_tokens=load.context_tokens,
         )
-        return messages.encode(tokens), tokens
 
-    def _sample(
-        self, sampler: Sampler, frame: StepFrame, logits_RV: torch.Tensor | None
-    ) -> tuple[list[TokenEvent], list[str]]:
-        names = [sequence_id(entry.sequence) for entry in frame.entries if entry.logits is not Logits.NONE]
-        events: list[TokenEvent] = []
-        failed: list[str] = []
-        if names and logits_RV is not None:
-            events, failed = sampler.sample(_last_rows(logits_RV, frame.entries), names)
-        return events, failed
+    def _learn(self, entries: tuple[Entry, ...], began_ns: int) -> None:
+        load = StepLoad.of(entries)
+        self._cost.on_step(
+            tokens=load.tokens,
+            sequences=load.sequences,
+            context_tokens=load.context_tokens,
+            compute_s=(time.perf_counter_ns() - began_ns) / 1e9,
+        )
 
 
-def _since_us(began_ns: int) -> int:
-    return (time.perf_counter_ns() - began_ns) // 1000
+def _prepare(sampler: Sampler, steps: Sequence[StageStep], closed: Sequence[tuple[str, ...]]) -> None:
+    for names in closed:
+        for name in names:
+            sampler.close(name)
+    for step in steps:
+        for opening in step.extra.opens:
+            sampler.open(opening)
+        for entry in step.frame.entries:
+            if entry.logits is not Logits.NONE and not sampler.knows(sequence_id(entry.sequence)):
+                raise ProtocolError(f"sequence {sequence_id(entry.sequence)} wants a token but was never opened")
 
 
-def _check_known(sampler: Sampler, entries: tuple[Entry, ...]) -> None:
-    for entry in entries:
-        if entry.logits is not Logits.NONE and not sampler.knows(sequence_id(entry.sequence)):
-            raise ProtocolError(f"sequence {sequence_id(entry.sequence)} wants a token but was never opened")
+def _sampled(sampler: Sampler, frame: StepFrame, logits_RV: torch.Tensor | None, timing: StageTiming) -> StepTokens:
+    names = [sequence_id(entry.sequence) for entry in frame.entries if entry.logits is not Logits.NONE]
+    events: list[TokenEvent] = []
+    failed: list[str] = []
+    if names and logits_RV is not None:
+        events, failed = sampler.sample(_last_rows(logits_RV, frame.entries), names)
+    # built without validation: this runs for every step, and every value is our own
+    return StepTokens.model_construct(
+        pipeline=frame.pipeline,
+        epoch=frame.epoch,
+        step=frame.step,
+        events=tuple(events),
+        failed=tuple(failed),
+        timings=tuple(astuple(one) for one in (*frame.timings, timing)),
+    )
+
+
+def _rows_of(entry: Entry) -> int:
+    return (0, 1, entry.count)[entry.logits]
 
 
 def _last_rows(logits_RV: torch.Tensor, entries: tuple[Entry, ...]) -> torch.Tensor:
@@ -163,7 +234,7 @@ def _last_rows(logits_RV: torch.Tensor, entries: tuple[Entry, ...]) -> torch.Ten
     rows: list[int] = []
     count = 0
     for entry in entries:
-        count += (0, 1, entry.count)[entry.logits]
+        count += _rows_of(entry)
         if entry.logits is not Logits.NONE:
             rows.append(count - 1)
     return logits_RV[rows]

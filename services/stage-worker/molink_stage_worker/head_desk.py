@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from molink_common.messages import HeadReport, StartSequence, StepTokens
+from molink_common.wire import Traffic
 from molink_stage_worker.batch_plan import StepPlan
 from molink_stage_worker.batching import Batcher
 from molink_stage_worker.planning.observation import StepObservation
 from molink_stage_worker.planning.planner import Planner
+from molink_stage_worker.planning.step_load import StepLoad
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,13 +42,14 @@ class HeadDesk:
         """False for one that is not here."""
         return self._batcher.stop(sequence)
 
-    def next_step(self, now_s: float) -> StepPlan | None:
-        """The next step, by a plan that fits what was measured so far."""
+    def next_steps(self, now_s: float) -> list[StepPlan]:
+        """The steps of the head's next pass, by a plan that fits what was measured so far. None: nothing to do."""
         self._batcher.plan = self._planner.plan(self._batcher.demand(), now_s)
-        plan = self._batcher.next_step()
-        if plan is not None:
-            self._planned[plan.step] = _Planned(plan=plan, at_s=now_s)
-        return plan
+        first = self._batcher.next_step()
+        along = self._batcher.step_along() if first is not None and first.traffic is Traffic.DECODE else None
+        plans = [plan for plan in (first, along) if plan is not None]
+        self._planned.update((plan.step, _Planned(plan=plan, at_s=now_s)) for plan in plans)
+        return plans
 
     def take_failed(self) -> tuple[str, ...]:
         """Sequences given up since the last call."""
@@ -88,18 +91,18 @@ class HeadDesk:
         )
 
     def _observation(self, planned: _Planned, tokens: StepTokens, now_s: float) -> StepObservation:
-        entries = planned.plan.entries
-        count = sum(entry.count for entry in entries)
+        load = StepLoad.of(planned.plan.entries)
         return StepObservation(
             traffic=planned.plan.traffic,
-            tokens=count,
-            sequences=len(entries),
-            context_tokens=sum(entry.start + entry.count for entry in entries),
-            decode_tokens=sum(entry.count == 1 and not entry.opens for entry in entries),
-            payload_bytes=count * self._token_bytes,
-            compute_s=tuple(compute_us / 1e6 for compute_us, _ in tokens.timings),
-            waited_s=tuple(waited_us / 1e6 for _, waited_us in tokens.timings),
+            tokens=load.tokens,
+            sequences=load.sequences,
+            context_tokens=load.context_tokens,
+            decode_tokens=load.tokens - load.prompt_tokens,
+            payload_bytes=load.tokens * self._token_bytes,
+            compute_s=tuple(compute_us / 1e6 for compute_us, *_ in tokens.timings),
+            waited_s=tuple(waited_us / 1e6 for _, waited_us, *_ in tokens.timings),
             ring_s=now_s - planned.at_s,
+            passes=tuple(_pass_of(timing) for timing in tokens.timings),
         )
 
     def _forget_lost(self) -> None:
@@ -107,3 +110,10 @@ class HeadDesk:
         oldest = self._batcher.oldest_step
         for step in [one for one in self._planned if oldest is None or one < oldest]:
             del self._planned[step]
+
+
+def _pass_of(timing: tuple[int, ...]) -> StepLoad | None:
+    _, _, count, prompt_tokens, sequences, context_tokens = timing
+    if not count:
+        return None
+    return StepLoad(tokens=count, prompt_tokens=prompt_tokens, sequences=sequences, context_tokens=context_tokens)

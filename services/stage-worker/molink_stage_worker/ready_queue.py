@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 from molink_common.wire import Traffic
@@ -33,15 +34,22 @@ class ReadyQueue(Generic[T]):
         with self._lock:
             (self._bulk if traffic is Traffic.BULK else self._decode).append(item)
 
-    def take(self) -> T:
-        """The one whose turn it is.
-
-        Raises:
-            IndexError: nobody waits.
-        """
+    def take(self, pays_together: Callable[[Sequence[T], T], bool]) -> list[T]:
+        """The one whose turn it is, and whatever waits and pays to be taken along. Nobody waits: an empty list."""
         with self._lock:
-            if self._bulk and (not self._decode or self._passed_over >= self._patience):
-                self._passed_over = 0
-                return self._bulk.popleft()
-            self._passed_over += bool(self._bulk)
-            return self._decode.popleft()
+            if not self._decode and not self._bulk:
+                return []
+            taken = [self._first()]
+            for waiting in (self._decode, self._bulk):
+                while waiting and pays_together(taken, waiting[0]):
+                    taken.append(waiting.popleft())
+                    if waiting is self._bulk:
+                        self._passed_over = 0
+            return taken
+
+    def _first(self) -> T:
+        if self._bulk and (not self._decode or self._passed_over >= self._patience):
+            self._passed_over = 0
+            return self._bulk.popleft()
+        self._passed_over += bool(self._bulk)
+        return self._decode.popleft()

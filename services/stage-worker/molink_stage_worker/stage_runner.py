@@ -223,13 +223,15 @@ class StageRunner:
             return
         if self._link is not None:
             self._desk.on_link(self._link.rate_bytes_per_s, self._link.round_trip_s)
-        plan = self._desk.next_step(self._loop.time())
+        plans = self._desk.next_steps(self._loop.time())
         failed = self._desk.take_failed()
         if failed:
             log.warning("sequences given up", sequences=failed)
             self._outbox_notice(failed)
-        if plan is not None:
-            self._start_computing(self._step_of(plan))
+        for plan in plans:
+            self._ready.put(self._step_of(plan), plan.traffic)
+        for _ in plans:
+            self._start_computing()
 
     def _take_tokens(self, tokens: StepTokens) -> None:
         if self._desk is not None:
@@ -260,22 +262,23 @@ class StageRunner:
 
     async def _submit(self, step: StageStep) -> None:
         if len(self._ready) < _STEPS_WAITING:
-            self._start_computing(step)
+            self._ready.put(step, step.frame.traffic)
+            self._start_computing()
         else:  # what the head has under way bounds it: somebody sends what nobody planned
             self._fence.refuse(step.frame.entries, Drop.TOO_MANY)
 
-    def _start_computing(self, step: StageStep) -> None:
-        self._ready.put(step, step.frame.traffic)
+    def _start_computing(self) -> None:
         self._computing += 1
         future = self._loop.run_in_executor(self._executor, self._compute_next)
         future.add_done_callback(self._computed)
 
-    def _compute_next(self) -> StageResult:
-        """In the compute thread: the step whose turn it is by now."""
-        return self._compute.run(self._ready.take())
+    def _compute_next(self) -> list[StageResult]:
+        """In the compute thread: the step whose turn it is by now, and those that pay to be computed along."""
+        steps = self._ready.take(self._compute.pays_together)
+        return self._compute.run(steps) if steps else []
 
-    def _computed(self, future: asyncio.Future[StageResult]) -> None:
-        """Start the next step before this one's result is sent."""
+    def _computed(self, future: asyncio.Future[list[StageResult]]) -> None:
+        """Start the next step before these results are sent."""
         self._computing -= 1
         if future.cancelled() or not self._is_serving:
             return
@@ -283,16 +286,16 @@ class StageRunner:
         if error is not None:
             self._break(error)
             return
-        result = future.result()
-        if result.tokens is None:
-            assert self._link is not None, "a stage that is not the tail has a link"
-            self._link.offer(result.step, result.traffic, result.payload)
-            self.pump()
-        else:
-            self._outbox_tokens(result)
-            if self._desk is not None:
-                self._take_tokens(result.tokens)  # head and tail in one: no way round through the broker
-        self._account_for(result)
+        for result in future.result():
+            if result.tokens is None:
+                assert self._link is not None, "a stage that is not the tail has a link"
+                self._link.offer(result.step, result.traffic, result.payload)
+            else:
+                self._outbox_tokens(result)
+                if self._desk is not None:
+                    self._take_tokens(result.tokens)  # head and tail in one: no way round through the broker
+            self._account_for(result)
+        self.pump()
 
     def _break(self, error: BaseException) -> None:
         if not self._broken.done():

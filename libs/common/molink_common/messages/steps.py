@@ -86,5 +86,5 @@ class StepTokens(Message):
     events: tuple[TokenEvent, ...] = ()
     failed: tuple[SequenceIdField, ...] = ()
     """Sequences whose logits were not finite: they cannot go on."""
-    timings: tuple[tuple[Count, Count], ...] = ()
-    """Of each stage, head first: microseconds computed, and waited before. See `wire.StageTiming`."""
+    timings: tuple[tuple[Count, Count, Count, Count, Count, Count], ...] = ()
+    """Of each stage, head first: the fields of `wire.StageTiming`."""
