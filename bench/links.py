@@ -44,7 +44,7 @@ async def run_grid(arguments: argparse.Namespace) -> bool:
     about = {"timing": asdict(timing), "curve": asdict(CostCurve()), "assumed_link_mbit": arguments.assumed_link_mbit}
     results = Results(arguments.out / "links.json", about, resume=arguments.resume)
     cells = [cell for cell in cells_of(arguments) if not results.has(cell)]
-    await measure(cells, lambda _: timing, arguments.assumed_link_mbit, results.add)
+    await measure(cells, lambda _: timing, arguments.assumed_link_mbit, arguments.out / "logs", results.add)
     text = best_count_table(results.cells) if arguments.best_m else grid_tables(results.cells)
     (arguments.out / "links.md").write_text(text)
     files = save_plots(results.cells, arguments.out)
@@ -68,14 +68,20 @@ async def run_case(arguments: argparse.Namespace) -> bool:
 
 
 async def measure(
-    cells: Sequence[Cell], timing: TimingOf, assumed_link_mbit: float, keep: Callable[[dict[str, Any]], None]
+    cells: Sequence[Cell],
+    timing: TimingOf,
+    assumed_link_mbit: float,
+    logs: Path,
+    keep: Callable[[dict[str, Any]], None],
 ) -> None:
     """Measure cell by cell, a system for each set-up; `keep` gets each result at once."""
     progress = Progress(cells, timing)
     progress.start()
     for setup, of_it in groupby(cells, key=lambda cell: cell.setup):
         wanted = list(of_it)
-        found = measured(setup, wanted, timing=timing, curve=CostCurve(), assumed_link_mbit=assumed_link_mbit)
+        found = measured(
+            setup, wanted, timing=timing, curve=CostCurve(), assumed_link_mbit=assumed_link_mbit, logs=logs
+        )
         async with contextlib.aclosing(found) as results:
             async for result in results:
                 keep(result)
@@ -134,7 +140,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--runs", type=int, help="windows a cell (3)")
     parser.add_argument("--seconds", type=float, help="of a window (15)")
     parser.add_argument("--warm-s", type=float, help="before the first window, at least (10)")
-    parser.add_argument("--out", type=Path, default=Path("build/links"), help="folder for table, plots and JSON")
+    parser.add_argument("--out", type=Path, default=Path("build/links"), help="folder for table, plots, JSON and logs")
     parser.add_argument("--resume", action="store_true", help="go on with what --out holds")
     arguments = parser.parse_args(argv)
     try:

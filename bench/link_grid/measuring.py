@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import sys
-import tempfile
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -59,28 +58,28 @@ class _Snapshot:
 
 
 async def measured(
-    setup: Setup, cells: Sequence[Cell], *, timing: TimingOf, curve: CostCurve, assumed_link_mbit: float
+    setup: Setup, cells: Sequence[Cell], *, timing: TimingOf, curve: CostCurve, assumed_link_mbit: float, logs: Path
 ) -> AsyncGenerator[dict[str, Any], None]:
     """The results of `cells`, all of `setup`, as they come. A cell that fails has an ``error`` in its result.
 
     After a failure the system is started anew for the cells that are left. Close the iterator to stop everything.
+    What the parts of the system say is in `logs`.
     """
     left = list(cells)
     while left:
         is_serving = False
         try:
-            with tempfile.TemporaryDirectory(prefix="molink-links-") as folder:
-                async with serving(
-                    setup.topology,
-                    Path(folder),
-                    scheduler_flags=[*setup.scheduler_flags, "--assumed-link-mbit", str(assumed_link_mbit)],
-                    worker_flags=setup.worker_flags(curve),
-                    worker_module=setup.worker_module,
-                ) as system:
-                    is_serving = True
-                    while left:
-                        result = await measure_cell(system, left[0], timing=timing(left[0]), curve=curve)
-                        yield left.pop(0).key | result
+            async with serving(
+                setup.topology,
+                logs / str(setup).replace(" ", "-").replace(":", "-"),
+                scheduler_flags=[*setup.scheduler_flags, "--assumed-link-mbit", str(assumed_link_mbit)],
+                worker_flags=setup.worker_flags(curve),
+                worker_module=setup.worker_module,
+            ) as system:
+                is_serving = True
+                while left:
+                    result = await measure_cell(system, left[0], timing=timing(left[0]), curve=curve)
+                    yield left.pop(0).key | result
         except (RequestFailed, OSError, TimeoutError, httpx.HTTPError, LabError) as error:
             problem = str(error) or type(error).__name__
             print(f"{setup}: {problem}", file=sys.stderr, flush=True)
@@ -108,12 +107,19 @@ async def measure_cell(system: ServingSystem, cell: Cell, *, timing: Timing, cur
             await asyncio.sleep(timing.seconds - (time.perf_counter() - marks_s[-1]))
             marks_s.append(time.perf_counter())
         after = await _look(system)
+    if _life(before) != _life(after):
+        raise RequestFailed(f"the pipeline was lost meanwhile: {after.status['reason']}")
     return _result(cell, curve, load, marks_s, before, after)
 
 
 async def _look(system: ServingSystem) -> _Snapshot:
     status = await system.status()
     return _Snapshot(at_s=time.perf_counter(), status=status)
+
+
+def _life(snapshot: _Snapshot) -> list[tuple[int, int]]:
+    """Number and epoch of the one pipeline; none while it forms anew."""
+    return [(one["pipeline"], one["epoch"]) for one in snapshot.status["pipelines"]]
 
 
 async def _until_idle(system: ServingSystem) -> None:
