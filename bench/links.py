@@ -57,7 +57,11 @@ async def run_case(arguments: argparse.Namespace) -> bool:
     """Measure the case's cells and print its summary. Whether nothing failed."""
     results: list[dict[str, Any]] = []
     await measure(
-        wan30.CELLS, lambda cell: timing_of(arguments, wan30.timing(cell)), arguments.assumed_link_mbit, results.append
+        wan30.CELLS,
+        lambda cell: timing_of(arguments, wan30.timing(cell)),
+        arguments.assumed_link_mbit,
+        arguments.out / "logs",
+        results.append,
     )
     if not arguments.json:
         print(grid_tables(results))
