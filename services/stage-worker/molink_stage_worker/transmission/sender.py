@@ -64,6 +64,9 @@ class LinkSender:
         self._allowance_bytes = float("inf")
         self._allowance_at_s = 0.0
         self._pace_wake_s: float | None = None
+        self._decode_clear_at_s = float("-inf")
+        """When the link will have taken the decode frames sent so far, by its measured rate."""
+        self._bulk_sent_at_s = float("-inf")
         self._ack_due_since_s: float | None = None
         self._last_round_trip_s = 0.0
         self._timeout_doublings = 0
@@ -195,8 +198,9 @@ class LinkSender:
         if under_way and under_way + size > self._window.size_bytes:
             self._window.on_full()
             return None
-        if rate is not None and not self._may_pace(size, rate, now_s):
+        if rate is not None and not (self._has_decode_cleared(size, rate, now_s) and self._may_pace(size, rate, now_s)):
             return None
+        self._bulk_sent_at_s = now_s
         return self._send_piece(size, now_s)
 
     def _next_published(self, now_s: float) -> Send | None:
@@ -214,6 +218,19 @@ class LinkSender:
         """The next piece's size: the rest of the frame in equal pieces, so that none is tiny."""
         rest = self._bulk[0].size_bytes - self._bulk_offset
         return -(-rest // -(-rest // most_bytes))
+
+    def _has_decode_cleared(self, size_bytes: int, rate: float, now_s: float) -> bool:
+        """Whether the decode frames sent so far have left for the link, or bulk has waited for its share of it.
+
+        On a link that shares itself out evenly, a piece sent next to a decode frame would take half of its time.
+        """
+        settings = self._settings
+        clear_at_s = self._decode_clear_at_s - settings.decode_delay_s / 4  # the piece is to find the link still busy
+        at_s = min(clear_at_s, self._bulk_sent_at_s + size_bytes / rate / settings.bulk_share)
+        if now_s < at_s - 1e-6:
+            self._pace_wake_s = at_s
+            return False
+        return True
 
     def _may_pace(self, size_bytes: int, rate: float, now_s: float) -> bool:
         """A token bucket: takes the piece from it, or says when there will be enough."""
@@ -235,6 +252,9 @@ class LinkSender:
 
     def _send_whole(self, now_s: float) -> Send:
         parcel = self._whole.popleft()
+        rate = self.estimator.rate_bytes_per_s
+        if rate is not None:
+            self._decode_clear_at_s = max(self._decode_clear_at_s, now_s) + parcel.size_bytes / rate
         return self._sent(parcel, 0, parcel.size_bytes, now_s, whole=True)
 
     def _send_piece(self, size_bytes: int, now_s: float) -> Send:
