@@ -69,7 +69,8 @@ async def _probe(spec: LinkSpec, seconds: float) -> None:
     print(f"{describe(spec)}: round trip {show_ms(found.round_trip_s)} (best {show_ms(found.least_round_trip_s)})")
     print(
         f"one TCP flow of {seconds:g} s: {found.goodput_bit_per_s / 1e6:.2f} Mbit/s, "
-        f"{found.steady_goodput_bit_per_s / 1e6:.2f} in its second half{limit}"
+        f"{found.steady_goodput_bit_per_s / 1e6:.2f} past its start{limit}; "
+        f"{found.wire_bit_per_s / 1e6:.2f} on the wire then"
     )
     if counters is not None and found.emulator_cores is not None:
         print(f"the emulator took {found.emulator_cores:.2f} of a core; there: {counters[0]}; back: {counters[1]}")

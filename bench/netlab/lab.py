@@ -30,7 +30,7 @@ from bench.netlab.links import (
 )
 from bench.netlab.plan import MANAGEMENT_DEVICE, LabPlan
 from bench.netlab.registry import LabError, claim_number, run_tool
-from bench.netlab.topology import LinkSpec, Topology
+from bench.netlab.topology import LinkSpec, Topology, TopologyError
 
 Emulator = Literal["netem", "tunlink"]
 
@@ -63,6 +63,17 @@ class Lab:
     def link_address(self, host: str) -> str:
         """Where hosts reach each other, over the links. This process has no way there."""
         return self._plan.link_address(host)
+
+    def device(self, host: str, peer: str) -> str:
+        """The name of a host's device on its way to another.
+
+        Raises:
+            TopologyError: there is no way.
+        """
+        for route in self._plan.routes(host):
+            if route.to == peer:
+                return self._plan.device(route.through)
+        raise TopologyError(f"no way leads from {host!r} to {peer!r}")
 
     async def set_link(self, a: str, b: str, spec: LinkSpec, *, one_way: bool = False) -> None:
         """Change a link while traffic crosses it; `one_way` only from `a` to `b`. Its MTU stays as it was made.

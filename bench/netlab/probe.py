@@ -33,7 +33,9 @@ class Measured:
     goodput_bit_per_s: float
     """Payload of one TCP flow, its start included; 0 if none was asked for."""
     steady_goodput_bit_per_s: float
-    """The same, over the second half of its time."""
+    """The same, past its start. What was held up behind a lost packet counts when it is released."""
+    wire_bit_per_s: float
+    """What came through the target's device meanwhile, headers and repeated packets included."""
     emulator_cores: float | None
     """Processor time of the link's emulator over time, meanwhile; None where there is no emulator."""
 
@@ -61,14 +63,15 @@ async def measure(
         LabError: an end failed, or did not end in time.
     """
     words = ("ask", address or lab.link_address(target), str(pings), str(ping_timeout_s), str(seconds))
+    serve = ("serve", lab.device(target, source), str(seconds))
     started_s, cpu_before_s = asyncio.get_running_loop().time(), _cpu_s(lab, source, target)
     try:
-        async with asyncio.timeout(seconds + pings * ping_timeout_s + _SPARE_S), _end(lab, target, "serve") as server:
+        async with asyncio.timeout(seconds + pings * ping_timeout_s + _SPARE_S), _end(lab, target, *serve) as server:
             assert server.stdout is not None
             await server.stdout.readline()
             async with _end(lab, source, *words) as client:
                 said = await _last_word(client)
-            flow = await _last_word(server) if seconds > 0 else {"bit_per_s": 0.0, "steady_bit_per_s": 0.0}
+            flow = await _last_word(server) if seconds > 0 else {}
     except TimeoutError:
         raise LabError(f"the probe from {source} to {target} does not end") from None
     cpu_after_s = _cpu_s(lab, source, target)
@@ -78,8 +81,9 @@ async def measure(
         round_trip_s=statistics.median(trips) if trips else None,
         least_round_trip_s=min(trips, default=None),
         unanswered=said["unanswered"],
-        goodput_bit_per_s=flow["bit_per_s"],
-        steady_goodput_bit_per_s=flow["steady_bit_per_s"],
+        goodput_bit_per_s=flow.get("bit_per_s", 0.0),
+        steady_goodput_bit_per_s=flow.get("steady_bit_per_s", 0.0),
+        wire_bit_per_s=flow.get("wire_bit_per_s", 0.0),
         emulator_cores=(
             None if cpu_before_s is None or cpu_after_s is None else (cpu_after_s - cpu_before_s) / lasted_s
         ),

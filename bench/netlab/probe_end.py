@@ -1,6 +1,6 @@
 """One end of a probe. It runs on a host of a laboratory, by path, and needs nothing but the standard library.
 
-    probe_end.py serve                                  echoes datagrams; takes one bulk flow and says how it went
+    probe_end.py serve DEVICE SECONDS                   echoes datagrams; takes one bulk flow and says how it went
     probe_end.py ask ADDRESS PINGS TIMEOUT_S SECONDS    sends datagrams one by one, then a bulk flow of SECONDS
 
 Each prints ``listening`` (the server) and then one JSON object.
@@ -13,12 +13,15 @@ import socket
 import sys
 import threading
 import time
+from pathlib import Path
 
 PORT = 9901
 _CHUNK_BYTES = 256 * 1024
+_MARKS = (0.5, 0.95)
+"""Shares of the time between which the flow is called steady: past its start, before its end."""
 
 
-def serve() -> None:
+def serve(device: str, seconds: float) -> None:
     echo = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     echo.bind(("0.0.0.0", PORT))
     threading.Thread(target=_echo, args=(echo,), daemon=True).start()
@@ -26,24 +29,31 @@ def serve() -> None:
         print("listening", flush=True)
         connection, _ = listener.accept()
     buffer = bytearray(_CHUNK_BYTES)
-    arrivals: list[tuple[float, int]] = []
+    started_s = time.monotonic()
     total = 0
+    # when, payload so far, bytes that came through the device so far
+    marks: list[tuple[float, int, int]] = []
     with connection:
         while size := connection.recv_into(buffer):
             total += size
-            arrivals.append((time.monotonic(), total))
-    print(json.dumps(_rates(arrivals)), flush=True)
-
-
-def _rates(arrivals: list[tuple[float, int]]) -> dict[str, float]:
-    """Of the whole flow, and of its second half in time, which the start does not slow down."""
-    (first_s, first), (last_s, last) = arrivals[0], arrivals[-1]
-    middle_s, middle = next(one for one in arrivals if one[0] >= (first_s + last_s) / 2)
-    return {
-        "bytes": last,
-        "bit_per_s": (last - first) * 8 / max(1e-9, last_s - first_s),
-        "steady_bit_per_s": (last - middle) * 8 / max(1e-9, last_s - middle_s),
+            now_s = time.monotonic()
+            if len(marks) < len(_MARKS) and now_s >= started_s + _MARKS[len(marks)] * seconds:
+                marks.append((now_s, total, _received_bytes(device)))
+    lasted_s = time.monotonic() - started_s
+    (from_s, had, had_wire), (to_s, has, has_wire) = marks[0], marks[-1]
+    steady_s = max(1e-9, to_s - from_s)
+    flow = {
+        "bit_per_s": total * 8 / lasted_s,
+        "steady_bit_per_s": (has - had) * 8 / steady_s,
+        "wire_bit_per_s": (has_wire - had_wire) * 8 / steady_s,
     }
+    print(json.dumps(flow), flush=True)
+
+
+def _received_bytes(device: str) -> int:
+    # proc(5), /proc/net/dev: the first number after the name is the bytes received
+    lines = Path("/proc/net/dev").read_text().splitlines()
+    return next(int(line.split(":")[1].split()[0]) for line in lines if line.strip().startswith(device + ":"))
 
 
 def _echo(echo: socket.socket) -> None:
@@ -82,6 +92,6 @@ def _ping(address: str, pings: int, timeout_s: float) -> list[float]:
 
 if __name__ == "__main__":
     if sys.argv[1] == "serve":
-        serve()
+        serve(sys.argv[2], float(sys.argv[3]))
     else:
         ask(sys.argv[2], int(sys.argv[3]), float(sys.argv[4]), float(sys.argv[5]))

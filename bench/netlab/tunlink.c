@@ -51,7 +51,8 @@
 
 enum { MOST_PACKETS = 1 << 17, BATCH = 64, LARGEST_PACKET = 65536, LINE_BYTES = 256 };
 static const size_t RING_BYTES = (size_t)64 << 20;
-static const uint64_t SECOND_NS = 1000000000u;
+static const uint64_t SECOND_NS = 1000000000u, FAST_REST_NS = 100000, LONGEST_REST_NS = 250000;
+static const double FAST_BIT_PER_S = 500e6;
 
 struct packet {
     uint64_t arrived_ns; /* then, once transmitted, when it is due at the far end */
@@ -280,13 +281,34 @@ static int open_signals(void) {
     return signalfd(-1, &signals, SFD_CLOEXEC | SFD_NONBLOCK);
 }
 
+/*
+ * On a full link packets come faster than it pays to wake for each. While several wait for a transmitter, where a
+ * little more changes nothing, it rests after each wake-up: a sixtieth of the delay up to 0.25 ms, on a fast link 0.1 ms
+ * whatever the delay. Measured: half the processor time at 100 Mbit/s and at 1 Gbit/s, and no packet of an idle link
+ * is later for it.
+ */
+static uint64_t rest_ns(const struct direction *d) {
+    if (d->end - d->sent < 3) return 0;
+    uint64_t rest = d->delay_ns / 60 < LONGEST_REST_NS ? d->delay_ns / 60 : LONGEST_REST_NS;
+    return d->rate_bit_per_s >= FAST_BIT_PER_S && rest < FAST_REST_NS ? FAST_REST_NS : rest;
+}
+
+static void rest(uint64_t woken_ns) {
+    uint64_t there = rest_ns(&directions[0]), back = rest_ns(&directions[1]);
+    uint64_t until = woken_ns + (there > back ? there : back);
+    if (until == woken_ns) return;
+    struct timespec end = {(time_t)(until / SECOND_NS), (long)(until % SECOND_NS)};
+    clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &end, NULL);
+}
+
 static void run(int signals) {
-    for (;;) {
-        uint64_t next = UINT64_MAX, now = now_ns();
+    for (uint64_t now = now_ns();; rest(now)) {
+        uint64_t next = UINT64_MAX;
         for (int i = 0; i < 2; i++) {
             uint64_t wanted = next_ns(&directions[i]);
             if (wanted < next) next = wanted;
         }
+        now = now_ns();
         uint64_t wait = next > now ? next - now : 0;
         struct timespec timeout = {(time_t)(wait / SECOND_NS), (long)(wait % SECOND_NS)};
         struct pollfd wake[] = {{directions[0].from, POLLIN, 0},
