@@ -178,6 +178,7 @@ class Batcher:
             preemptions=self._preemptions,
             micro_batches=self.plan.micro_batches,
             chunk_tokens=min(self.plan.chunk_tokens, self._limits.step_tokens),
+            along_tokens=self.plan.along_tokens,
             separate_prefill=self.plan.separate_prefill,
         )
 
@@ -237,11 +238,18 @@ class Batcher:
         """Which classes may have another step, the one whose turn it is first."""
         if not self.plan.separate_prefill:
             return (Traffic.DECODE,) if self._counts[Traffic.DECODE] < self.plan.micro_batches else ()
-        # decode first; but once a cycle a chunk may go, so that prompts get on however busy the head is
-        is_bulk_first = self._decode_steps_in_a_row >= self.plan.micro_batches
-        classes = (Traffic.BULK, Traffic.DECODE) if is_bulk_first else (Traffic.DECODE, Traffic.BULK)
+        classes: tuple[Traffic, ...] = (Traffic.DECODE, Traffic.BULK)
+        if self.plan.along_tokens and self._counts[Traffic.DECODE] and not self._has_backlog():
+            classes = (Traffic.DECODE,)  # prompts ride along
+        elif self._decode_steps_in_a_row >= self.plan.micro_batches and not self.plan.along_tokens:
+            classes = (Traffic.BULK, Traffic.DECODE)  # once a cycle: prompts get on however busy the head is
         most = {Traffic.DECODE: self.plan.micro_batches, Traffic.BULK: self.plan.chunks_under_way}
         return tuple(traffic for traffic in classes if self._counts[traffic] < most[traffic])
+
+    def _has_backlog(self) -> bool:
+        """Whether prompts would need more than two cycles to ride along."""
+        waiting = sum(one.unplanned for one in self._running.values() if not one.is_decoding)
+        return waiting > 2 * self.plan.micro_batches * self.plan.along_tokens
 
     def _choose(self, traffic: Traffic) -> dict[str, int]:
         """How many tokens of whom."""

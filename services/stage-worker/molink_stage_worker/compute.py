@@ -22,11 +22,16 @@ from molink_common.wire import Codec, Entry, Extra, Logits, StageTiming, StepFra
 from molink_stage_worker.activation_codec import decode_hidden, encode_hidden
 from molink_stage_worker.engine.interface import Engine
 from molink_stage_worker.lives import Lives
-from molink_stage_worker.planning.stage_cost import StageEstimator
+from molink_stage_worker.planning.stage_cost import StageCurve, StageEstimator
 from molink_stage_worker.planning.step_load import StepLoad, pays_together
 from molink_stage_worker.sampling import Sampler
 
 _NOTHING = memoryview(b"")
+_ALWAYS_TOKENS = 8
+_TRY_TOKENS = 32
+_REFUSALS_A_TRY = 16
+_PASSES_A_CURVE = 8
+"""Fitting it takes longer than the smallest of passes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +45,8 @@ class StageStep:
     """At the head only."""
     ready_ns: int
     """When it could have begun, by `time.perf_counter_ns`."""
+    rides_along: bool = False
+    """Planned to be computed in one pass with the step before it."""
     load: StepLoad = field(init=False)
 
     def __post_init__(self) -> None:
@@ -75,17 +82,27 @@ class StageCompute:
         self._codec = codec
         self._lives = Lives()
         self._cost = StageEstimator()
+        self._curve: StageCurve | None = None
+        self._passes = 0
+        self._refusals = 0
 
     def pays_together(self, steps: Sequence[StageStep], other: StageStep) -> bool:
         """Whether `other` should be computed in one pass with `steps`, by what passes have cost here so far.
 
         Never if they share a sequence: one chunk of a prompt needs the keys and values of the chunk before it.
+        May be asked from any thread.
         """
         present = {entry.sequence for step in steps for entry in step.frame.entries}
         if any(entry.sequence in present for entry in other.frame.entries):
             return False
+        if other.rides_along or other.load.tokens <= _ALWAYS_TOKENS:
+            return True
         load = sum((step.load for step in steps[1:]), start=steps[0].load)
-        return pays_together(self._cost.curve(), load, other.load)
+        if pays_together(self._curve, load, other.load):
+            return True
+        # what is never run stays misjudged: now and then it is
+        self._refusals += 1
+        return other.load.tokens <= _TRY_TOKENS and self._refusals % _REFUSALS_A_TRY == 0
 
     def run(self, steps: Sequence[StageStep]) -> list[StageResult]:
         """Compute steps in one pass. What a peer got wrong empties its step; other errors are for the caller."""
@@ -192,6 +209,9 @@ class StageCompute:
             context_tokens=load.context_tokens,
             compute_s=(time.perf_counter_ns() - began_ns) / 1e9,
         )
+        self._passes += 1
+        if self._passes % _PASSES_A_CURVE == 0:
+            self._curve = self._cost.curve()
 
 
 def _prepare(sampler: Sampler, steps: Sequence[StageStep], closed: Sequence[tuple[str, ...]]) -> None:

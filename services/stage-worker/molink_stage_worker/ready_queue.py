@@ -22,34 +22,41 @@ class ReadyQueue(Generic[T]):
     def __init__(self, patience: int = 8) -> None:
         self._patience = patience
         self._decode: deque[T] = deque()
-        self._bulk: deque[T] = deque()
+        self._bulk: deque[tuple[T, float]] = deque()
         self._passed_over = 0
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._decode) + len(self._bulk)
 
-    def put(self, item: T, traffic: Traffic) -> None:
-        """Add one at the end of its class."""
+    def put(self, item: T, traffic: Traffic, *, alone_from_s: float = 0.0) -> None:
+        """Add one at the end of its class. Of class bulk: only from `alone_from_s` on may it go without company."""
         with self._lock:
-            (self._bulk if traffic is Traffic.BULK else self._decode).append(item)
+            if traffic is Traffic.BULK:
+                self._bulk.append((item, alone_from_s))
+            else:
+                self._decode.append(item)
 
-    def take(self, pays_together: Callable[[Sequence[T], T], bool]) -> list[T]:
-        """The one whose turn it is, and whatever waits and pays to be taken along. Nobody waits: an empty list."""
+    def take(self, now_s: float, pays_together: Callable[[Sequence[T], T], bool]) -> list[T]:
+        """The one whose turn it is, and whatever waits and pays to be taken along. Nobody can go: an empty list."""
         with self._lock:
-            if not self._decode and not self._bulk:
+            first = self._first(now_s)
+            if first is None:
                 return []
-            taken = [self._first()]
-            for waiting in (self._decode, self._bulk):
-                while waiting and pays_together(taken, waiting[0]):
-                    taken.append(waiting.popleft())
-                    if waiting is self._bulk:
-                        self._passed_over = 0
+            taken = [first]
+            while self._decode and pays_together(taken, self._decode[0]):
+                taken.append(self._decode.popleft())
+            while self._bulk and pays_together(taken, self._bulk[0][0]):
+                taken.append(self._bulk.popleft()[0])
+                self._passed_over = 0
             return taken
 
-    def _first(self) -> T:
-        if self._bulk and (not self._decode or self._passed_over >= self._patience):
+    def _first(self, now_s: float) -> T | None:
+        bulk_may_go = bool(self._bulk) and now_s >= self._bulk[0][1]
+        if bulk_may_go and (not self._decode or self._passed_over >= self._patience):
             self._passed_over = 0
-            return self._bulk.popleft()
-        self._passed_over += bool(self._bulk)
+            return self._bulk.popleft()[0]
+        if not self._decode:
+            return None
+        self._passed_over += bulk_may_go
         return self._decode.popleft()

@@ -22,8 +22,9 @@ from molink_common.errors import BusUnavailable, ProtocolError
 from molink_common.logs import get_logger
 from molink_common.messages import AssignStage, HeadReport, LinkReport, StartSequence, StepTokens
 from molink_common.telemetry import Telemetry
-from molink_common.wire import StepFrame
+from molink_common.wire import StepFrame, Traffic
 from molink_stage_worker.batch_plan import StepPlan
+from molink_stage_worker.company import DecodeRhythm
 from molink_stage_worker.compute import StageCompute, StageResult, StageStep
 from molink_stage_worker.fence import Drop, Fence
 from molink_stage_worker.head_desk import HeadDesk
@@ -72,6 +73,8 @@ class StageRunner:
         self._loop = asyncio.get_running_loop()
         self._fence = Fence(pipeline=assignment.pipeline, epoch=assignment.epoch)
         self._ready: ReadyQueue[StageStep] = ReadyQueue()
+        self._rhythm = DecodeRhythm()
+        self._last_decode: StageStep | None = None
         self._inlet: StageInlet | None = None
         if desk is None:
             self._inlet = StageInlet(
@@ -229,7 +232,7 @@ class StageRunner:
             log.warning("sequences given up", sequences=failed)
             self._outbox_notice(failed)
         for plan in plans:
-            self._ready.put(self._step_of(plan), plan.traffic)
+            self._ready.put(self._step_of(plan, rides_along=plan is not plans[0]), plan.traffic)
         for _ in plans:
             self._start_computing()
 
@@ -243,7 +246,7 @@ class StageRunner:
             self._desk.on_lost(step)
             self.pump()
 
-    def _step_of(self, plan: StepPlan) -> StageStep:
+    def _step_of(self, plan: StepPlan, *, rides_along: bool) -> StageStep:
         extra = plan.extra()
         frame = StepFrame(
             pipeline=self._assignment.pipeline,
@@ -256,25 +259,47 @@ class StageRunner:
             hidden=memoryview(b""),
             traffic=plan.traffic,
         )
-        return StageStep(frame=frame, extra=extra, token_ids=plan.token_ids, ready_ns=time.perf_counter_ns())
+        return StageStep(
+            frame=frame,
+            extra=extra,
+            token_ids=plan.token_ids,
+            ready_ns=time.perf_counter_ns(),
+            rides_along=rides_along,
+        )
 
     # --- compute ---------------------------------------------------------------------------------------------
 
     async def _submit(self, step: StageStep) -> None:
         if len(self._ready) < _STEPS_WAITING:
-            self._ready.put(step, step.frame.traffic)
-            self._start_computing()
+            self._queue(step)
         else:  # what the head has under way bounds it: somebody sends what nobody planned
             self._fence.refuse(step.frame.entries, Drop.TOO_MANY)
 
+    def _queue(self, step: StageStep) -> None:
+        """Decode goes as soon as the thread is free; a chunk that pays to go along with decode waits for some."""
+        now_s = self._loop.time()
+        patience_s = 0.0
+        if step.frame.traffic is Traffic.DECODE:
+            self._rhythm.on_decode(now_s)
+            self._last_decode = step
+        elif self._last_decode is not None and self._compute.pays_together([self._last_decode], step):
+            patience_s = self._rhythm.patience_s(now_s)
+        self._ready.put(step, step.frame.traffic, alone_from_s=now_s + patience_s)
+        if patience_s:
+            self._loop.call_later(patience_s, self._start_computing)
+        else:
+            self._start_computing()
+
     def _start_computing(self) -> None:
+        if not self._is_serving:
+            return
         self._computing += 1
         future = self._loop.run_in_executor(self._executor, self._compute_next)
         future.add_done_callback(self._computed)
 
     def _compute_next(self) -> list[StageResult]:
         """In the compute thread: the step whose turn it is by now, and those that pay to be computed along."""
-        steps = self._ready.take(self._compute.pays_together)
+        steps = self._ready.take(time.monotonic(), self._compute.pays_together)
         return self._compute.run(steps) if steps else []
 
     def _computed(self, future: asyncio.Future[list[StageResult]]) -> None:

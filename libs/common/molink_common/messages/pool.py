@@ -105,6 +105,8 @@ class HeadReport(BaseModel):
     micro_batches: Count = 0
     chunk_tokens: Count = 0
     """Most prompt tokens a step."""
+    along_tokens: Count = 0
+    """Most prompt tokens that ride along with a decode step."""
     separate_prefill: bool = False
     """Whether prompts are computed in steps of their own, because their activations would hold decode up."""
     cycle_s: float | None = None

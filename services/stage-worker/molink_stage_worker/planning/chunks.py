@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import ceil
 
 from molink_stage_worker.planning.cycle import Cycle, Machine
+from molink_stage_worker.planning.stage_cost import StageCurve
 from molink_stage_worker.planning.step_load import StepLoad, pays_together
 
 LEAST_CHUNK = 16
@@ -24,6 +25,8 @@ _DELAY_SHARE = 0.1
 _LEAST_DELAY_S = 0.005
 _TOGETHER_AGAIN = 0.5
 _LEAST_FREE_SHARE = 0.1
+_ALONG_DELAY = 0.2
+"""Of a decode step's time: what a chunk that rides along may add."""
 
 
 def separates(machine: Machine, *, step_tokens: int, cycle_s: float, is_separate: bool) -> bool:
@@ -87,19 +90,28 @@ def shared_chunk_tokens(
     return _largest_within(sizes, costs_s, latency_target_s)
 
 
-def along_tokens(machine: Machine, *, chunk_tokens: int, context_tokens: int, size: int) -> int:
-    """Prompt tokens to compute in one pass with a decode step of `size` sequences; 0: none.
+def along_tokens(machine: Machine, *, chunk_tokens: int, context_tokens: int, size: int, tries: bool) -> int:
+    """Prompt tokens to compute in one pass with a decode step of `size` sequences.
 
-    As many as the slowest stage would itself take along (see `step_load.pays_together`).
+    As many as every stage would itself take along (see `step_load.pays_together`) without making the decode step
+    much longer; a few in any case. With `tries` one size more, because a size that is never run stays misjudged.
     """
     decode = StepLoad(tokens=size, prompt_tokens=0, sequences=size, context_tokens=size * context_tokens)
+    sizes = [count for count in _ALONG_SIZES if count <= chunk_tokens]
     pays = 0
-    for count in _ALONG_SIZES:
+    for count in sizes:
         chunk = StepLoad(tokens=count, prompt_tokens=count, sequences=1, context_tokens=context_tokens)
-        if count > chunk_tokens or not all(pays_together(curve, decode, chunk) for curve in machine.stages):
+        if not all(_rides_along(curve, decode, chunk) for curve in machine.stages):
             break
-        pays = count
-    return pays
+        pays += 1
+    return sizes[min(max(pays + tries, 1), len(sizes)) - 1]
+
+
+def _rides_along(curve: StageCurve, decode: StepLoad, chunk: StepLoad) -> bool:
+    alone_s = curve.compute_s(decode.tokens, decode.sequences, decode.context_tokens)
+    both = decode + chunk
+    both_s = curve.compute_s(both.tokens, both.sequences, both.context_tokens)
+    return both_s <= (1.0 + _ALONG_DELAY) * alone_s and pays_together(curve, decode, chunk)
 
 
 def chunks_under_way(machine: Machine, *, chunk_tokens: int, context_tokens: int, cycle: Cycle | None) -> int:

@@ -11,6 +11,7 @@ from molink_stage_worker.batch_plan import BatchPlan
 from molink_stage_worker.planning import chunks
 from molink_stage_worker.planning.choice import MicroBatchChoice
 from molink_stage_worker.planning.cycle import Bottleneck, Cycle, Machine, predict
+from molink_stage_worker.planning.cycle_meter import CycleMeter
 from molink_stage_worker.planning.observation import Demand, PlannerReport, StepObservation
 from molink_stage_worker.planning.published import published_micro_batches
 from molink_stage_worker.planning.ring import NO_LINKS, Links, RingEstimator
@@ -20,6 +21,7 @@ from molink_stage_worker.planning.step_load import StepLoad
 WHOLE_PROMPT = MAX_STEP_TOKENS
 _PLANS_EVERY_S = 0.25
 _DEMAND_CHANGE = 0.25
+_THOUGHTS_A_TRY = 6
 _PROMPT_SHARE_OVER_S = 3.0
 _MOST_PROMPT_SHARE = 0.7
 _LEAST_PROMPT_SHARE = 0.01
@@ -59,6 +61,8 @@ class Planner:
         self._planned_at_s: float | None = None
         self._planned_for: Demand | None = None
         self._cut_at_s: float | None = None
+        self._meter = CycleMeter()
+        self._thoughts = 0
         self._choice = MicroBatchChoice(self._plan.micro_batches)
 
     def on_step(self, step: StepObservation, now_s: float) -> None:
@@ -66,6 +70,7 @@ class Planner:
         if step.tokens < 1 or not len(step.compute_s) == len(step.waited_s) == self._num_stages:
             return
         self._fade_prompts(now_s)
+        self._meter.on_tokens(step.decode_tokens)
         prompt_tokens = step.tokens - step.decode_tokens
         alone = StepLoad(
             tokens=step.tokens,
@@ -149,6 +154,7 @@ class Planner:
                 return self._adapt(machine, demand, now_s)
 
     def _adapt(self, machine: Machine, demand: Demand, now_s: float) -> BatchPlan:
+        self._thoughts += 1
         micro_batches = self._choose_micro_batches(machine, demand, now_s)
         decode_only_s: float | None = None
         if demand.decoding:
@@ -183,6 +189,7 @@ class Planner:
                 chunk_tokens=chunk_tokens,
                 context_tokens=demand.context_tokens,
                 size=-(-demand.decoding // micro_batches),
+                tries=self._thoughts % _THOUGHTS_A_TRY == 0,
             )
         return BatchPlan(
             micro_batches=micro_batches,
@@ -214,12 +221,19 @@ class Planner:
         if demand.decoding == 0:
             self._cycle = None
             return self._plan.micro_batches
+
+        def corrected(count: int) -> Cycle:
+            cycle = self._cycle_of(machine, demand, count)
+            return replace(cycle, cycle_s=cycle.cycle_s * self._meter.factor(cycle.micro_batches, now_s))
+
         self._cycle = self._choice.choose(
             decoding=demand.decoding,
             now_s=now_s,
-            predict=lambda count: self._cycle_of(machine, demand, count),
+            predict=corrected,
             knows=lambda tokens: all(stage.knows(tokens) for stage in self._stages),
         )
+        plain_s = self._cycle_of(machine, demand, self._cycle.micro_batches).cycle_s
+        self._meter.on_plan(self._cycle.micro_batches, plain_s, demand.decoding, now_s)
         return self._cycle.micro_batches
 
     def _predict(self, machine: Machine | None, demand: Demand, micro_batches: int) -> None:
