@@ -311,7 +311,10 @@ class StageRunner:
         if error is not None:
             self._break(error)
             return
-        for result in future.result():
+        results = future.result()
+        if results:
+            self.compute_s += (results[0].ended_ns - results[0].started_ns) / 1e9
+        for result in results:
             if result.tokens is None:
                 assert self._link is not None, "a stage that is not the tail has a link"
                 self._link.offer(result.step, result.traffic, result.payload)
@@ -359,7 +362,6 @@ class StageRunner:
             log.warning("step emptied", reason=Drop.REFUSED, step=result.step, problem=result.problem)
         self.steps_done += 1
         self.tokens_done += result.num_tokens
-        self.compute_s += (result.ended_ns - result.started_ns) / 1e9
         for parent in result.traces:
             self._telemetry.record(
                 "stage step",

@@ -1,8 +1,8 @@
 """How long cycles really are, next to what was predicted for their count of micro-batches.
 
 A prediction knows no waiting: neither that of tokens for the head, nor what prompts, links and chance put in between.
-What a count of micro-batches has shown corrects what is predicted for it; a count that was not run is believed, so
-that it gets its chance. What was shown is forgotten in a minute.
+What a count of micro-batches has shown corrects what is predicted for it. Of a count that was not run, half of that
+is believed to be its own fault, so that it gets its chance. What was shown is forgotten in a minute.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from math import exp
 
-_WINDOW_S = 1.0
-_GAIN = 0.5
+_WINDOW_S = 1.5
+_GAIN = 0.3
+_COMMON = 0.5
 _FORGET_S = 60.0
 _ANOTHER_DEMAND = 1.5
 _LEAST, _MOST = 0.7, 2.0
@@ -60,7 +61,8 @@ class CycleMeter:
         """What to multiply a prediction with."""
         known = self._factors.get(micro_batches)
         if known is None:
-            return 1.0
+            present = self._factors.get(self._micro_batches)
+            return 1.0 if present is None else 1.0 + _COMMON * (present[0] - 1.0)
         factor, at_s = known
         return 1.0 + (factor - 1.0) * exp(min(at_s - now_s, 0.0) / _FORGET_S)
 
