@@ -14,6 +14,8 @@ Every part is a lower bound of the time, so that the quotient is an upper bound 
 - N/M is not rounded. c_k is convex (a sum of linear terms, or a roofline), so uneven micro-batches take longer.
 - Prompts ride along in the decode steps, where they share the reading of the weights: steps of their own would cost
   more. They count for stages and links, but not for the ring, where they could be elsewhere.
+- All stages compute at the same time, each on processors of its own. Where one machine plays all hosts that may be
+  false: `with_processors` adds what its processors allow.
 - The tokens that come back, frame headers and acknowledgements take no time on a link.
 """
 
@@ -39,6 +41,7 @@ class Limit(StrEnum):
     STAGE = "stage"
     LINK = "link"
     RING = "ring"
+    PROCESSORS = "processors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +124,19 @@ class Bound:
 def payload_bytes_per_s(bit_per_s: float | None, mtu_bytes: int = 1500) -> float | None:
     """What a link that carries `bit_per_s` of IP packets leaves for the bytes inside TCP."""
     return None if bit_per_s is None else bit_per_s / 8 * (mtu_bytes - _HEADERS_BYTES) / mtu_bytes
+
+
+def with_processors(bound: Bound, *, tokens_per_s: float, busy_share: float) -> Bound:
+    """The bound where stages, brokers, services, emulator and clients share the processors of one machine.
+
+    What was reached with `busy_share` of all processors' time cannot become more than it would be with all of it.
+    """
+    if not 0 < busy_share <= 1:
+        raise ValueError(f"processors that are busy for {busy_share:.0%} of the time")
+    most_per_s = tokens_per_s / busy_share
+    if most_per_s >= bound.tokens_per_s:
+        return bound
+    return Bound(tokens_per_s=most_per_s, micro_batches=bound.micro_batches, limit=Limit.PROCESSORS)
 
 
 def best(pipeline: PipelineBound, load: Load) -> Bound:

@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 
-from bench.bounds import Load, best
+from bench.bounds import Bound, Load, best, with_processors
 from bench.cost_curve import CostCurve
 from bench.link_grid.bounding import load_of, pipeline_bound
 from bench.link_grid.cells import Cell, Setup, Workload
@@ -55,6 +55,8 @@ TimingOf = Callable[[Cell], Timing]
 class _Snapshot:
     at_s: float
     status: dict[str, Any]
+    processors_s: tuple[float, float]
+    """Of all processors since the machine's start: busy, and idle."""
 
 
 async def measured(
@@ -114,7 +116,14 @@ async def measure_cell(system: ServingSystem, cell: Cell, *, timing: Timing, cur
 
 async def _look(system: ServingSystem) -> _Snapshot:
     status = await system.status()
-    return _Snapshot(at_s=time.perf_counter(), status=status)
+    return _Snapshot(at_s=time.perf_counter(), status=status, processors_s=_processors_s())
+
+
+def _processors_s() -> tuple[float, float]:
+    """See proc(5): user nice system idle iowait irq softirq steal. Stolen time is no idle time."""
+    fields = [float(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    idle = fields[3] + fields[4]
+    return sum(fields) - idle, idle
 
 
 def _life(snapshot: _Snapshot) -> list[tuple[int, int]]:
@@ -148,19 +157,28 @@ def _result(
         "whole": asdict(whole),
         "newcomers_left_out": load.left_out,
         "stage_busy": _busy(before, after),
+        "processors_busy": _processors_busy(before, after),
         "links": [worker["stage"].get("link") for worker in _stages(after.status)],
         "plan": after.status["pipelines"][0].get("head"),
-        "bound": _bound(cell, curve, load_of(load, marks_s[-1]), after.status),
     }
     rates = spread(run.tokens_per_s for run in runs)
-    if result["bound"] is not None and result["bound"]["tokens_per_s"] > 0 and rates is not None:
-        result["share_of_bound"] = rates.median / result["bound"]["tokens_per_s"]
+    bound = _bound(cell, curve, load_of(load, marks_s[-1]), after.status)
+    result["bound"] = result["pipeline_bound"] = None if bound is None else asdict(bound)
+    if bound is not None and rates is not None and rates.median > 0:
+        bound = with_processors(bound, tokens_per_s=whole.tokens_per_s, busy_share=_processors_busy(before, after))
+        result["bound"] = asdict(bound)
+        result["share_of_bound"] = rates.median / bound.tokens_per_s
     return result
 
 
-def _bound(cell: Cell, curve: CostCurve, load: Load, status: Mapping[str, Any]) -> dict[str, Any] | None:
+def _bound(cell: Cell, curve: CostCurve, load: Load, status: Mapping[str, Any]) -> Bound | None:
     pipeline = pipeline_bound(cell.setup, curve, status)
-    return None if pipeline is None else asdict(best(pipeline, load))
+    return None if pipeline is None else best(pipeline, load)
+
+
+def _processors_busy(before: _Snapshot, after: _Snapshot) -> float:
+    busy_s, idle_s = (later - earlier for earlier, later in zip(before.processors_s, after.processors_s, strict=True))
+    return round(max(busy_s / max(busy_s + idle_s, 1e-9), 1e-3), 3)
 
 
 def _stages(status: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -47,6 +47,9 @@ def summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     share: float | None = found[REAL_WAN].get("share_of_bound")
     return {
         "bound_ratio": _ratio(share, 1.0),
+        "pipeline_bound_ratio": _ratio(
+            rates[REAL_WAN], (found[REAL_WAN].get("pipeline_bound") or {}).get("tokens_per_s")
+        ),
         "lan_ratio": _ratio(rates[REAL_WAN], rates[REAL_LAN]),
         "plain_ratio": _ratio(rates[MIXED], rates[MIXED_PLAIN]),
         "published_ratio": _ratio(rates[MIXED], rates[MIXED_PUBLISHED]),

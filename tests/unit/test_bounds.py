@@ -15,6 +15,7 @@ from bench.bounds import (
     payload_bytes_per_s,
     ring_s,
     with_micro_batches,
+    with_processors,
 )
 from bench.cost_curve import CostCurve
 
@@ -141,3 +142,13 @@ def test_what_cannot_be_is_refused() -> None:
         best(two_stages(linear(0.0), NO_LINK), Load(sequences=1))
     with pytest.raises(ValueError, match="3 micro-batches"):
         with_micro_batches(two_stages(linear(1.0), NO_LINK), Load(sequences=2), 3)
+
+
+def test_processors_that_all_hosts_share_bound_what_the_pipeline_alone_would_allow() -> None:
+    pipeline = Bound(tokens_per_s=600.0, micro_batches=3, limit=Limit.STAGE)
+    shared = with_processors(pipeline, tokens_per_s=475.0, busy_share=0.95)
+    assert shared.tokens_per_s == pytest.approx(500.0)
+    assert shared.limit is Limit.PROCESSORS
+    assert with_processors(pipeline, tokens_per_s=475.0, busy_share=0.5) is pipeline
+    with pytest.raises(ValueError, match="busy"):
+        with_processors(pipeline, tokens_per_s=475.0, busy_share=0.0)
