@@ -2,8 +2,10 @@
 
     head plans ─▶ stage 0 ─▶ link (rate, delay) ─▶ stage 1 ─▶ … ─▶ tail ─▶ delay ─▶ head
 
-Stages and links serve one after the other, decode before bulk with every fourth turn for bulk; a bulk frame crosses a
-link in pieces. All times scatter.
+The head plans as `batching` does, a chunk of a prompt along with a decode step too. A stage takes from the product's
+own ready queue, waits for company by its rhythm, and computes one pass for what pays together: a pass costs what its
+tokens together cost, and each of its steps goes on when it ends. Links serve decode before bulk with every fourth
+turn for bulk; a bulk frame crosses a link in pieces. All times scatter.
 """
 
 from __future__ import annotations
@@ -13,14 +15,20 @@ import itertools
 import math
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from molink_common.messages import PipelinePolicy
 from molink_common.wire import Traffic
 from molink_stage_worker.batch_plan import BatchPlan
+from molink_stage_worker.company import DecodeRhythm
 from molink_stage_worker.planning import Demand, Planner, StepObservation
+from molink_stage_worker.planning.stage_cost import StageCurve, StageEstimator
+from molink_stage_worker.planning.step_load import StepLoad, pays_together
+from molink_stage_worker.ready_queue import ReadyQueue
 
+CONTEXT_TOKENS = 60
+"""Of a sequence that decodes."""
 PIECE_BYTES = 32 * 1024
 STEP_TOKENS = 256
 Cost = Callable[[int], float]
@@ -54,10 +62,11 @@ WAN_100 = Wire(12.5e6, 0.1)
 SLOW_30 = Wire(1.25e6, 0.03)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Prompt:
     at_s: float
-    left: int
+    tokens: int
+    planned: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -65,28 +74,84 @@ class _Step:
     traffic: Traffic
     planned_at_s: float
     sequences: list[int]
+    prompt: _Prompt | None = None
     prompt_tokens: int = 0
-    ends_prompt: _Prompt | None = None
+    ends_prompt: bool = False
+    load: StepLoad = field(default_factory=lambda: StepLoad.of(()))
     arrived_at_s: float = 0.0
     bytes_left: int = 0
     compute_s: list[float] = field(default_factory=list)
     waited_s: list[float] = field(default_factory=list)
+    passes: list[StepLoad | None] = field(default_factory=list)
 
-    @property
-    def tokens(self) -> int:
-        return len(self.sequences) + self.prompt_tokens
+    def close(self) -> None:
+        """Everything is in it."""
+        decoding = len(self.sequences)
+        self.load = StepLoad(
+            tokens=decoding + self.prompt_tokens,
+            prompt_tokens=self.prompt_tokens,
+            sequences=decoding + (self.prompt is not None),
+            context_tokens=CONTEXT_TOKENS * decoding + (self.prompt.planned if self.prompt else 0),
+        )
 
 
-class _Queue:
+class _Stage:
+    """What `StageRunner` and `StageCompute` decide of a stage, without frames and threads."""
+
+    _ALWAYS_TOKENS, _TRY_TOKENS, _REFUSALS_A_TRY, _PASSES_A_CURVE = 8, 32, 16, 8
+
+    def __init__(self) -> None:
+        self.ready: ReadyQueue[_Step] = ReadyQueue()
+        self.is_busy = False
+        self._rhythm = DecodeRhythm()
+        self._last_decode: _Step | None = None
+        self._cost = StageEstimator()
+        self._curve: StageCurve | None = None
+        self._passes = 0
+        self._refusals = 0
+
+    def put(self, step: _Step, now_s: float) -> float:
+        """How long it waits for company."""
+        patience_s = 0.0
+        if step.traffic is Traffic.DECODE:
+            self._rhythm.on_decode(now_s)
+            self._last_decode = step
+        elif self._last_decode is not None and self.pays_together([self._last_decode], step):
+            patience_s = self._rhythm.patience_s(now_s)
+        self.ready.put(step, step.traffic, alone_from_s=now_s + patience_s)
+        return patience_s
+
+    def pays_together(self, steps: Sequence[_Step], other: _Step) -> bool:
+        if other.prompt is not None and any(step.prompt is other.prompt for step in steps):
+            return False
+        if other.load.tokens <= self._ALWAYS_TOKENS:
+            return True
+        if pays_together(self._curve, together(steps), other.load):
+            return True
+        self._refusals += 1
+        return other.load.tokens <= self._TRY_TOKENS and self._refusals % self._REFUSALS_A_TRY == 0
+
+    def on_pass(self, load: StepLoad, compute_s: float) -> None:
+        self._cost.on_step(
+            tokens=load.tokens, sequences=load.sequences, context_tokens=load.context_tokens, compute_s=compute_s
+        )
+        self._passes += 1
+        if self._passes % self._PASSES_A_CURVE == 0:
+            self._curve = self._cost.curve()
+
+
+def together(steps: Sequence[_Step]) -> StepLoad:
+    """The load of a pass."""
+    return sum((step.load for step in steps), start=StepLoad.of(()))
+
+
+class _Sending:
     """Decode before bulk; every fourth turn, if both wait, is bulk's."""
 
     def __init__(self) -> None:
         self.waiting: dict[Traffic, deque[_Step]] = {traffic: deque() for traffic in Traffic}
         self.is_busy = False
         self.turn = 0
-
-    def put(self, step: _Step) -> None:
-        self.waiting[step.traffic].append(step)
 
     def next(self) -> deque[_Step] | None:
         decode, bulk = self.waiting[Traffic.DECODE], self.waiting[Traffic.BULK]
@@ -132,14 +197,14 @@ class Pipeline:
         self._random = random.Random(seed)
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
-        self._computing = [_Queue() for _ in stages]
-        self._sending = [_Queue() for _ in stages[1:]]
+        self._computing = [_Stage() for _ in stages]
+        self._sending = [_Sending() for _ in stages[1:]]
         self._ready = deque(range(sequences))
         self._last_s: dict[int, float] = {}
         self._sequences = sequences
         self._under_way = dict.fromkeys(Traffic, 0)
         self._prompts: deque[_Prompt] = deque()
-        self._turn = 0
+        self._decode_steps_in_a_row = 0
         self._at(0.0, self._pump)
 
     def run(self, until_s: float) -> Pipeline:
@@ -169,43 +234,62 @@ class Pipeline:
     # --- the head --------------------------------------------------------------------------------------------
 
     def _pump(self) -> None:
-        head = self._computing[0]
-        if head.is_busy or head.next() is not None:
+        if self._computing[0].is_busy:
             return
         plan = self._plan()
-        decodes = bool(self._ready) and self._under_way[Traffic.DECODE] < plan.micro_batches
-        cuts = bool(self._prompts) and plan.separate_prefill and self._under_way[Traffic.BULK] < plan.chunks_under_way
-        if decodes and cuts:
-            self._turn += 1
-            decodes = self._turn % 4 != 0
-        shares = bool(self._prompts) and not plan.separate_prefill
-        if decodes or (shares and self._under_way[Traffic.DECODE] < plan.micro_batches):
-            most = min(-(-self._sequences // plan.micro_batches), len(self._ready))
-            step = _Step(Traffic.DECODE, self.now_s, [self._ready.popleft() for _ in range(most)])
-            if shares:
-                self._cut(step, min(plan.chunk_tokens, STEP_TOKENS - most))
-        elif cuts:
-            step = _Step(Traffic.BULK, self.now_s, [])
-            self._cut(step, plan.chunk_tokens)
-        else:
+        first = next((step for traffic in self._turns(plan) if (step := self._next_step(plan, traffic))), None)
+        if first is None:
             return
-        self._under_way[step.traffic] += 1
-        self._arrive(0, step)
+        steps = [first]
+        rides = first.traffic is Traffic.DECODE and plan.separate_prefill and plan.along_tokens > 0
+        if rides and self._prompts and self._under_way[Traffic.BULK] < plan.chunks_under_way:
+            steps.append(self._step(Traffic.BULK, [], plan.along_tokens))
+        self._compute(0, steps)
+
+    def _turns(self, plan: BatchPlan) -> list[Traffic]:
+        """`Batcher._turns`."""
+        classes = [Traffic.DECODE]
+        if plan.separate_prefill:
+            rides = bool(plan.along_tokens) and self._under_way[Traffic.DECODE] > 0
+            waiting = sum(prompt.tokens - prompt.planned for prompt in self._prompts)
+            if not rides or waiting > 2 * plan.micro_batches * plan.along_tokens:
+                classes.append(Traffic.BULK)
+            if self._decode_steps_in_a_row >= plan.micro_batches and not plan.along_tokens:
+                classes.reverse()
+        most = {Traffic.DECODE: plan.micro_batches, Traffic.BULK: plan.chunks_under_way}
+        return [traffic for traffic in classes if self._under_way[traffic] < most[traffic]]
+
+    def _next_step(self, plan: BatchPlan, traffic: Traffic) -> _Step | None:
+        if traffic is Traffic.BULK:
+            return self._step(traffic, [], plan.chunk_tokens) if self._prompts else None
+        shares = bool(self._prompts) and not plan.separate_prefill
+        if not self._ready and not shares:
+            return None
+        most = min(-(-self._sequences // plan.micro_batches), len(self._ready))
+        chosen = [self._ready.popleft() for _ in range(most)]
+        return self._step(traffic, chosen, min(plan.chunk_tokens, STEP_TOKENS - most) if shares else 0)
+
+    def _step(self, traffic: Traffic, sequences: list[int], most_prompt_tokens: int) -> _Step:
+        step = _Step(traffic, self.now_s, sequences, arrived_at_s=self.now_s)
+        if most_prompt_tokens:
+            step.prompt = prompt = self._prompts[0]
+            step.prompt_tokens = min(prompt.tokens - prompt.planned, most_prompt_tokens)
+            prompt.planned += step.prompt_tokens
+            if prompt.planned == prompt.tokens:
+                step.ends_prompt = True
+                self._prompts.popleft()
+        step.close()
+        self._under_way[traffic] += 1
+        self._decode_steps_in_a_row = 0 if traffic is Traffic.BULK else self._decode_steps_in_a_row + 1
+        return step
 
     def _plan(self) -> BatchPlan:
-        waiting = sum(prompt.left for prompt in self._prompts)
-        demand = Demand(decoding=self._sequences, context_tokens=60, prompt_tokens_waiting=waiting)
+        waiting = sum(prompt.tokens - prompt.planned for prompt in self._prompts)
+        demand = Demand(decoding=self._sequences, context_tokens=CONTEXT_TOKENS, prompt_tokens_waiting=waiting)
         self.plan = self.planner.plan(demand, self.now_s)
         if not self.counts or self.counts[-1][1] != self.plan.micro_batches:
             self.counts.append((self.now_s, self.plan.micro_batches))
         return self.plan
-
-    def _cut(self, step: _Step, most: int) -> None:
-        prompt = self._prompts[0]
-        step.prompt_tokens = min(prompt.left, most)
-        prompt.left -= step.prompt_tokens
-        if prompt.left == 0:
-            step.ends_prompt = self._prompts.popleft()
 
     def _back(self, step: _Step) -> None:
         self._under_way[step.traffic] -= 1
@@ -214,19 +298,19 @@ class Pipeline:
                 self.gaps_s.append((self.now_s, self.now_s - self._last_s[sequence]))
             self._last_s[sequence] = self.now_s
             self._ready.append(sequence)
-        if step.ends_prompt is not None:
-            self.first_tokens_s.append(self.now_s - step.ends_prompt.at_s)
-        decoding = len(step.sequences)
+        if step.ends_prompt and step.prompt is not None:
+            self.first_tokens_s.append(self.now_s - step.prompt.at_s)
         observation = StepObservation(
             traffic=step.traffic,
-            tokens=step.tokens,
-            sequences=decoding + (1 if step.prompt_tokens else 0),
-            context_tokens=60 * decoding + step.prompt_tokens,
-            decode_tokens=decoding,
-            payload_bytes=step.tokens * self._token_bytes,
+            tokens=step.load.tokens,
+            sequences=step.load.sequences,
+            context_tokens=step.load.context_tokens,
+            decode_tokens=len(step.sequences),
+            payload_bytes=step.load.tokens * self._token_bytes,
             compute_s=tuple(step.compute_s),
             waited_s=tuple(step.waited_s),
             ring_s=self.now_s - step.planned_at_s,
+            passes=tuple(step.passes),
         )
         self.planner.on_step(observation, self.now_s)
         if self._link_is_measured:
@@ -243,34 +327,47 @@ class Pipeline:
 
     def _arrive(self, stage: int, step: _Step) -> None:
         step.arrived_at_s = self.now_s
-        self._computing[stage].put(step)
-        self._compute(stage)
+        patience_s = self._computing[stage].put(step, self.now_s)
+        if patience_s:
+            self._at(patience_s, lambda: self._compute_next(stage))
+        self._compute_next(stage)
 
-    def _compute(self, stage: int) -> None:
+    def _compute_next(self, stage: int) -> None:
+        """Of a stage behind the head."""
         queue = self._computing[stage]
-        if queue.is_busy:
-            return
-        waiting = queue.next()
-        if waiting is None:
-            if stage == 0:
-                self._pump()
-            return
-        step = waiting.popleft()
+        if not queue.is_busy and (steps := queue.ready.take(self.now_s, queue.pays_together)):
+            self._compute(stage, steps)
+
+    def _compute(self, stage: int, steps: list[_Step]) -> None:
+        """One pass."""
+        queue = self._computing[stage]
         queue.is_busy = True
-        step.waited_s.append(self.now_s - step.arrived_at_s)
-        step.compute_s.append(self._scattered(self.stages[stage](step.tokens)))
+        load = together(steps)
+        compute_s = self._scattered(self.stages[stage](load.tokens))
+        for step in steps:
+            step.waited_s.append(self.now_s - step.arrived_at_s)
+            step.compute_s.append(compute_s)
+            step.passes.append(load if step is steps[0] else None)
 
         def done() -> None:
             queue.is_busy = False
-            if stage == len(self.stages) - 1:
-                self._at(self._scattered(self.wire.round_trip_s / 2), lambda: self._back(step))
+            queue.on_pass(load, compute_s)
+            for step in steps:
+                self._leave(stage, step)
+            if stage == 0:
+                self._pump()
             else:
-                step.bytes_left = step.tokens * self._token_bytes
-                self._sending[stage].put(step)
-                self._send(stage)
-            self._compute(stage)
+                self._compute_next(stage)
 
-        self._at(step.compute_s[-1], done)
+        self._at(compute_s, done)
+
+    def _leave(self, stage: int, step: _Step) -> None:
+        if stage == len(self.stages) - 1:
+            self._at(self._scattered(self.wire.round_trip_s / 2), lambda: self._back(step))
+            return
+        step.bytes_left = step.load.tokens * self._token_bytes
+        self._sending[stage].waiting[step.traffic].append(step)
+        self._send(stage)
 
     def _send(self, link: int) -> None:
         queue = self._sending[link]
