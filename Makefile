@@ -10,7 +10,7 @@ ARGS ?=
 TORCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help up down test test-compose lint check bench soak clean
+.PHONY: help up down test test-compose lint check bench links soak clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ check: test lint ## what CI runs
 
 bench: $(VENV)/.has-dev ## tokens a second next to plain transformers
 	$(BIN)/python -m bench.throughput $(ARGS)
+
+links: $(VENV)/.has-dev ## weak links, next to LAN and the baselines; needs root; ARGS="--grid --links lan,100m30"
+	$(BIN)/python -m bench.links $(or $(ARGS),--case wan30)
 
 soak: $(VENV)/.has-dev ## 200 streaming clients for five minutes, then look for leaks
 	$(BIN)/python -m bench.soak $(ARGS)

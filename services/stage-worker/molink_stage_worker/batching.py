@@ -6,11 +6,9 @@
 
 Continuous batching with chunked prefill, as the present `BatchPlan` says. A decode step holds at most the share of
 one micro-batch, so that every stage has work. Chunks of prompts share steps with decode tokens, or go in steps of
-their own, of class bulk, which decode steps may overtake on every link and in every stage. Chunks of one prompt may
-be under way in several steps at once; a decode token has to wait for the one before it. Whoever was served longest
-ago comes first, and admission keeps the order of arrival, so nobody starves.
-
-Blocks of a sequence that leaves are free as soon as no frame that names them can be on its way (see `departures`).
+their own, of class bulk, which decode steps may overtake (see `departures`). Chunks of one prompt may be under way in
+several steps at once; a decode token has to wait for the one before it. Who decoded longest ago comes first, prompts
+by turns in the order of arrival, and admission keeps that order, so nobody starves.
 """
 
 from __future__ import annotations
@@ -22,6 +20,7 @@ from molink_common.messages import HeadReport, StartSequence, StepTokens
 from molink_common.wire import Entry, Logits, Opening, Traffic
 from molink_stage_worker.batch_plan import BatchLimits, BatchPlan, StepPlan
 from molink_stage_worker.batch_sequence import Sequence, StepUnderWay
+from molink_stage_worker.chunk_choice import ChunkChoice
 from molink_stage_worker.departures import Departures, Leaving
 from molink_stage_worker.kv_blocks import BlockAllocator
 from molink_stage_worker.planning.observation import Demand
@@ -44,6 +43,7 @@ class Batcher:
         self._running: dict[str, Sequence] = {}
         """By time of last service, longest ago first."""
         self._departures = Departures()
+        self._chunks = ChunkChoice(limits.opening_tokens)
         self._under_way: dict[int, StepUnderWay] = {}
         """By step number, oldest first."""
         self._counts = dict.fromkeys(Traffic, 0)
@@ -53,8 +53,6 @@ class Batcher:
         self._next_step = 1
         self._arrivals = 0
         self._preemptions = 0
-
-    # --- events ----------------------------------------------------------------------------------------------
 
     def add(self, start: StartSequence) -> None:
         """Queue a sequence. One that is here already stays as it is.
@@ -68,8 +66,8 @@ class Batcher:
         num_tokens = len(start.prompt) + len(start.generated)
         if len(start.generated) >= start.options.max_tokens:
             raise ValueError(f"the sequence has its {start.options.max_tokens} tokens already")
-        if self._blocks_for(num_tokens) > self._limits.num_blocks:
-            room = self._limits.num_blocks * self._limits.block_size
+        room = self._limits.num_blocks * self._limits.block_size
+        if num_tokens > room:
             raise CapacityError(f"{num_tokens} tokens do not fit into the pipeline's KV memory of {room} tokens")
         if len(self._waiting) >= self._limits.max_waiting:
             raise CapacityError(f"{len(self._waiting)} sequences are waiting already")
@@ -129,10 +127,8 @@ class Batcher:
 
     def on_all_lost(self) -> None:
         """Nothing that is under way will come back."""
-        for step in list(self._under_way):
+        for step in tuple(self._under_way):
             self.on_lost(step)
-
-    # --- decisions -------------------------------------------------------------------------------------------
 
     def next_step(self) -> StepPlan | None:
         """The next step, or None: nothing to do, or enough steps are under way."""
@@ -146,8 +142,7 @@ class Batcher:
         """A step of prompt chunks to be computed in one pass with the decode step that was just planned."""
         if not self.plan.separate_prefill or self._counts[Traffic.BULK] >= self.plan.chunks_under_way:
             return None
-        chosen: dict[str, int] = {}
-        self._choose_chunks(chosen, Traffic.BULK, self.plan.along_tokens)
+        chosen = self._choose_chunks(0, Traffic.BULK, self.plan.along_tokens)
         return self._commit(chosen, Traffic.BULK) if chosen else None
 
     def take_failed(self) -> tuple[str, ...]:
@@ -168,7 +163,7 @@ class Batcher:
         )
 
     def report(self) -> HeadReport:
-        """Numbers for the heartbeat; the age of the oldest step and the plan's reasons are for the caller to add."""
+        """Numbers for the heartbeat; the age of the oldest step and the plan are for the caller to add."""
         return HeadReport(
             running=len(self._running),
             waiting=len(self._waiting),
@@ -176,10 +171,6 @@ class Batcher:
             num_blocks=self._limits.num_blocks,
             steps_under_way=len(self._under_way),
             preemptions=self._preemptions,
-            micro_batches=self.plan.micro_batches,
-            chunk_tokens=min(self.plan.chunk_tokens, self._limits.step_tokens),
-            along_tokens=self.plan.along_tokens,
-            separate_prefill=self.plan.separate_prefill,
         )
 
     @property
@@ -199,8 +190,7 @@ class Batcher:
         assert {sequence.id for sequence in self._waiting} | set(self._running) == set(self._sequences)
         assert len(self._waiting) + len(self._running) == len(self._sequences)
         assert [one.arrival for one in self._waiting] == sorted(one.arrival for one in self._waiting)
-        for traffic, count in self._counts.items():
-            assert count == sum(step.traffic is traffic for step in self._under_way.values())
+        assert self._counts == {kind: sum(one.traffic is kind for one in self._under_way.values()) for kind in Traffic}
         for sequence in self._waiting:
             assert self._blocks.held(sequence.number) == 0 or self._departures.is_leaving(sequence.number)
             assert sequence.planned == 0
@@ -211,8 +201,6 @@ class Batcher:
             held += self._blocks.held(sequence.number)
             assert self._blocks.held(sequence.number) >= self._blocks_for(sequence.planned)
         assert held == self._limits.num_blocks - self._blocks.num_free
-
-    # --- how -------------------------------------------------------------------------------------------------
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._limits.block_size)
@@ -257,7 +245,7 @@ class Batcher:
         if traffic is Traffic.DECODE:
             self._choose_decode(chosen)
         if traffic is Traffic.BULK or not self.plan.separate_prefill:
-            self._choose_chunks(chosen, traffic, self.plan.chunk_tokens)
+            chosen |= self._choose_chunks(len(chosen), traffic, self.plan.chunk_tokens)
         return chosen
 
     def _choose_decode(self, chosen: dict[str, int]) -> None:
@@ -270,27 +258,18 @@ class Batcher:
         for sequence in list(self._running.values()):
             if len(chosen) >= share:
                 break
-            if not sequence.unplanned or not self._may_decode(sequence):
-                continue
-            if self._make_room(sequence, chosen):
+            if sequence.unplanned and self._may_decode(sequence) and self._make_room(sequence, chosen):
                 chosen[sequence.id] = 1
 
-    def _choose_chunks(self, chosen: dict[str, int], traffic: Traffic, most_tokens: int) -> None:
-        budget = min(self._limits.step_tokens - len(chosen), most_tokens)
-        opening = 0
-        for sequence in self._running.values():
-            if budget <= 0:
-                break
-            if not sequence.unplanned or self._may_decode(sequence):
-                continue
-            if not self._departures.has_returned(sequence.last_steps, but=traffic):  # classes may overtake each other
-                continue
-            if not sequence.is_open:
-                if opening and opening + len(sequence.tokens) > self._limits.opening_tokens:
-                    continue
-                opening += len(sequence.tokens)
-            chosen[sequence.id] = min(budget, sequence.unplanned)
-            budget -= chosen[sequence.id]
+    def _choose_chunks(self, taken: int, traffic: Traffic, most_tokens: int) -> dict[str, int]:
+        prompts = [
+            sequence
+            for sequence in self._running.values()
+            if sequence.unplanned
+            and not self._may_decode(sequence)
+            and self._departures.has_returned(sequence.last_steps, but=traffic)  # classes may overtake each other
+        ]
+        return self._chunks.choose(prompts, min(self._limits.step_tokens - taken, most_tokens)) if prompts else {}
 
     def _may_decode(self, sequence: Sequence) -> bool:
         """Whether its next token may go in a decode step. The last token of a prompt may not overtake the others."""

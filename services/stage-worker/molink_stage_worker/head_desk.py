@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from molink_common.messages import HeadReport, StartSequence, StepTokens
-from molink_common.wire import Traffic
+from molink_common.wire import MAX_STEP_TOKENS, Traffic
 from molink_stage_worker.batch_plan import StepPlan
 from molink_stage_worker.batching import Batcher
 from molink_stage_worker.planning.observation import StepObservation
@@ -85,6 +85,10 @@ class HeadDesk:
         return self._batcher.report().model_copy(
             update={
                 "oldest_step_age_s": 0.0 if planned is None else now_s - planned.at_s,
+                "micro_batches": self._batcher.plan.micro_batches,
+                "chunk_tokens": min(self._batcher.plan.chunk_tokens, MAX_STEP_TOKENS),
+                "along_tokens": self._batcher.plan.along_tokens,
+                "separate_prefill": self._batcher.plan.separate_prefill,
                 "cycle_s": planner.cycle_s,
                 "costs": planner.costs,
             }
