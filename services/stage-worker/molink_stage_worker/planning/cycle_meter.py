@@ -1,33 +1,46 @@
 """How long cycles really are, next to what was predicted for their count of micro-batches.
 
 A prediction knows no waiting: neither that of tokens for the head, nor what prompts, links and chance put in between.
-What a count of micro-batches has shown corrects what is predicted for it. Of a count that was not run, half of that
-is believed to be its own fault, so that it gets its chance. What was shown is forgotten in a minute.
+So what is measured over what was predicted is learnt, as a ratio in two parts:
+
+    log(measured / predicted) = common + own(count of micro-batches)
+
+Every surprise counts half as the count's own fault and half as everybody's. A count that disappoints is left, and
+one that was not run gets its chance; but a prompt or a link that makes a while slower makes it so for all, and sends
+nobody to and fro. What was shown is forgotten in a minute.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import exp
+from math import exp, log
+from statistics import fmean
 
+_SETTLING_CYCLES = 2.0
+"""After a change: steps of the former size are still under way."""
 _WINDOW_S = 1.5
+_WINDOW_CYCLES = 6.0
+"""Tokens come a micro-batch at a time: fewer cycles would be counted too coarsely."""
 _GAIN = 0.3
 _COMMON = 0.5
 _FORGET_S = 60.0
 _ANOTHER_DEMAND = 1.5
-_LEAST, _MOST = 0.7, 2.0
+_LEAST, _MOST = log(0.7), log(2.0)
 
 
 @dataclass(slots=True)
 class CycleMeter:
     """No clock: the time is an argument, in seconds."""
 
-    _factors: dict[int, tuple[float, float]] = field(default_factory=dict)
-    """By count of micro-batches: measured over predicted, and when."""
-    _began_s: float | None = None
+    _common: float = 0.0
+    _own: dict[int, tuple[float, float]] = field(default_factory=dict)
+    """By count of micro-batches that was run: its part, and when it was learnt."""
     _micro_batches: int = 0
+    _settled_at_s: float = 0.0
+    _began_s: float | None = None
+    """When tokens began to be counted. None: steps of the former count are still under way."""
     _reference: int = 0
-    """How many decoded when the present factors began."""
+    """How many decoded when the present parts began."""
     _tokens: int = 0
     _predicted_s: list[float] = field(default_factory=list)
     _decoding: list[int] = field(default_factory=list)
@@ -38,37 +51,45 @@ class CycleMeter:
 
     def on_plan(self, micro_batches: int, predicted_s: float, decoding: int, now_s: float) -> None:
         """This count is in use from now on; a cycle is predicted to take `predicted_s`, without any correction."""
-        if not self._reference / _ANOTHER_DEMAND < decoding < self._reference * _ANOTHER_DEMAND:
-            self._factors.clear()  # what was shown for another demand says nothing
+        is_another_demand = not self._reference / _ANOTHER_DEMAND < decoding < self._reference * _ANOTHER_DEMAND
+        if is_another_demand:
+            self._common = 0.0  # what was shown for another demand says nothing
+            self._own.clear()
             self._reference = decoding
+        if is_another_demand or micro_batches != self._micro_batches:
+            self._micro_batches = micro_batches
+            self._settled_at_s = now_s + _SETTLING_CYCLES * predicted_s
             self._began_s = None
-        if micro_batches != self._micro_batches or self._began_s is None:
-            self._restart(micro_batches, now_s)
+        if self._began_s is None:
+            if now_s >= self._settled_at_s:
+                self._begin(now_s)
+            return
         self._predicted_s.append(predicted_s)
         self._decoding.append(decoding)
-        elapsed_s = now_s - (self._began_s or now_s)
-        if elapsed_s < _WINDOW_S:
+        elapsed_s = now_s - self._began_s
+        if elapsed_s < max(_WINDOW_S, _WINDOW_CYCLES * predicted_s):
             return
         if self._tokens:
-            measured_s = sum(self._decoding) / len(self._decoding) * elapsed_s / self._tokens
-            factor = measured_s / (sum(self._predicted_s) / len(self._predicted_s))
-            before = self.factor(micro_batches, now_s)
-            known = before + _GAIN * (min(max(factor, _LEAST), _MOST) - before)
-            self._factors[micro_batches] = (known, now_s)
-        self._restart(micro_batches, now_s)
+            measured_s = fmean(self._decoding) * elapsed_s / self._tokens
+            self._learn(measured_s / fmean(self._predicted_s), now_s)
+        self._begin(now_s)
 
     def factor(self, micro_batches: int, now_s: float) -> float:
         """What to multiply a prediction with."""
-        known = self._factors.get(micro_batches)
-        if known is None:
-            present = self._factors.get(self._micro_batches)
-            return 1.0 if present is None else 1.0 + _COMMON * (present[0] - 1.0)
-        factor, at_s = known
-        return 1.0 + (factor - 1.0) * exp(min(at_s - now_s, 0.0) / _FORGET_S)
+        return exp(self._common + self._own_part(micro_batches, now_s))
 
-    def _restart(self, micro_batches: int, now_s: float) -> None:
+    def _own_part(self, micro_batches: int, now_s: float) -> float:
+        part, at_s = self._own.get(micro_batches, (0.0, now_s))
+        return part * exp(min(at_s - now_s, 0.0) / _FORGET_S)
+
+    def _learn(self, ratio: float, now_s: float) -> None:
+        own = self._own_part(self._micro_batches, now_s)
+        surprise = _GAIN * (min(max(log(ratio), _LEAST), _MOST) - self._common - own)
+        self._common += _COMMON * surprise
+        self._own[self._micro_batches] = (own + (1.0 - _COMMON) * surprise, now_s)
+
+    def _begin(self, now_s: float) -> None:
         self._began_s = now_s
-        self._micro_batches = micro_batches
         self._tokens = 0
         self._predicted_s.clear()
         self._decoding.clear()
