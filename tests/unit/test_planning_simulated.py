@@ -75,8 +75,26 @@ def test_a_link_that_gets_slower_gets_more_micro_batches() -> None:
     assert pipeline.tokens_per_s(15.0) >= 0.94 * best
 
 
-def test_a_stage_that_gets_slower_gets_fewer_micro_batches() -> None:
-    pipeline = Pipeline([affine()] * 2, WAN_100, sequences=32, token_bytes=1152).run(10.0)
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_link_that_gets_faster_soon_gets_fewer_micro_batches(seed: int) -> None:
+    """What was right for 100 ms is 30 % off the best without them."""
+    pipeline = Pipeline([affine()] * 2, WAN_100, sequences=32, token_bytes=1152, seed=seed).run(10.0)
+    before = pipeline.counts[-1][1]
+
+    pipeline.wire = LAN
+    pipeline.run(24.0)
+
+    best = max(
+        Pipeline([affine()] * 2, LAN, sequences=32, token_bytes=1152, micro_batches=count).run(7.0).tokens_per_s(2.0)
+        for count in range(1, 5)
+    )
+    assert pipeline.counts[-1][1] < before
+    assert pipeline.tokens_per_s(14.0) >= 0.95 * best, pipeline.counts
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_stage_that_gets_slower_gets_fewer_micro_batches(seed: int) -> None:
+    pipeline = Pipeline([affine()] * 2, WAN_100, sequences=32, token_bytes=1152, seed=seed).run(10.0)
     before = pipeline.counts[-1][1]
 
     slow = affine(0.024, 0.0048)
@@ -90,18 +108,33 @@ def test_a_stage_that_gets_slower_gets_fewer_micro_batches() -> None:
         for count in range(1, 9)
     )
     assert pipeline.counts[-1][1] < before
-    assert pipeline.tokens_per_s(18.0) >= 0.95 * best
+    assert pipeline.tokens_per_s(18.0) >= 0.95 * best, pipeline.counts
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_counts_that_are_equally_good_do_not_alternate(seed: int) -> None:
+    """Three and four micro-batches are within 2 % here, and a prompt every second makes cycles uneven."""
+    pipeline = Pipeline([roofline()] * 2, WAN_30, sequences=32, seed=seed)
+    pipeline.prompts_every(1.0, 150)
+    pipeline.run(45.0)
+
+    assert pipeline.changes(SETTLED_S) <= 4, pipeline.counts
 
 
 def test_long_prompts_hardly_disturb_those_that_decode() -> None:
     """32 streams on GPUs at 100 Mbit/s and 30 ms, and 24 MB of a prompt's hidden states every five seconds."""
-    alone = Pipeline([roofline()] * 2, WAN_30, sequences=32).run(22.0)
-    mixed = Pipeline([roofline()] * 2, WAN_30, sequences=32)
-    mixed.prompts_every(5.0, 1500)
-    mixed.run(24.0)
-
-    assert mixed.plan is not None
-    assert mixed.plan.separate_prefill
-    assert mixed.gap_s(0.5, 8.0) <= 1.2 * alone.gap_s(0.5, 8.0)
-    assert mixed.gap_s(0.99, 8.0) <= 1.6 * alone.gap_s(0.99, 8.0)
-    assert mean(mixed.first_tokens_s) < 5.0
+    median, tail = [], []
+    for seed in (1, 2, 3):
+        alone = Pipeline([roofline()] * 2, WAN_30, sequences=32, seed=seed).run(22.0)
+        mixed = Pipeline([roofline()] * 2, WAN_30, sequences=32, seed=seed)
+        mixed.prompts_every(5.0, 1500)
+        mixed.run(24.0)
+        assert mixed.plan is not None
+        assert mixed.plan.separate_prefill
+        assert 0 < mixed.plan.along_tokens < mixed.plan.chunk_tokens
+        assert len(mixed.first_tokens_s) >= 3
+        assert mean(mixed.first_tokens_s) < 5.0
+        median.append(mixed.gap_s(0.5, 8.0) / alone.gap_s(0.5, 8.0))
+        tail.append(mixed.gap_s(0.99, 8.0) / alone.gap_s(0.99, 8.0))
+    assert mean(median) <= 1.15
+    assert mean(tail) <= 1.4

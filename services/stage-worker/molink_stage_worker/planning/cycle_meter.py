@@ -28,13 +28,19 @@ _ANOTHER_DEMAND = 1.5
 _LEAST, _MOST = log(0.7), log(2.0)
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    log_ratio: float
+    at_s: float
+
+
 @dataclass(slots=True)
 class CycleMeter:
     """No clock: the time is an argument, in seconds."""
 
-    _common: float = 0.0
-    _own: dict[int, tuple[float, float]] = field(default_factory=dict)
-    """By count of micro-batches that was run: its part, and when it was learnt."""
+    _common: _Part | None = None
+    _own: dict[int, _Part] = field(default_factory=dict)
+    """By count of micro-batches that was run."""
     _micro_batches: int = 0
     _settled_at_s: float = 0.0
     _began_s: float | None = None
@@ -53,7 +59,7 @@ class CycleMeter:
         """This count is in use from now on; a cycle is predicted to take `predicted_s`, without any correction."""
         is_another_demand = not self._reference / _ANOTHER_DEMAND < decoding < self._reference * _ANOTHER_DEMAND
         if is_another_demand:
-            self._common = 0.0  # what was shown for another demand says nothing
+            self._common = None  # what was shown for another demand says nothing
             self._own.clear()
             self._reference = decoding
         if is_another_demand or micro_batches != self._micro_batches:
@@ -76,20 +82,22 @@ class CycleMeter:
 
     def factor(self, micro_batches: int, now_s: float) -> float:
         """What to multiply a prediction with."""
-        return exp(self._common + self._own_part(micro_batches, now_s))
-
-    def _own_part(self, micro_batches: int, now_s: float) -> float:
-        part, at_s = self._own.get(micro_batches, (0.0, now_s))
-        return part * exp(min(at_s - now_s, 0.0) / _FORGET_S)
+        return exp(_present(self._common, now_s) + _present(self._own.get(micro_batches), now_s))
 
     def _learn(self, ratio: float, now_s: float) -> None:
-        own = self._own_part(self._micro_batches, now_s)
-        surprise = _GAIN * (min(max(log(ratio), _LEAST), _MOST) - self._common - own)
-        self._common += _COMMON * surprise
-        self._own[self._micro_batches] = (own + (1.0 - _COMMON) * surprise, now_s)
+        common = _present(self._common, now_s)
+        own = _present(self._own.get(self._micro_batches), now_s)
+        surprise = _GAIN * (min(max(log(ratio), _LEAST), _MOST) - common - own)
+        self._common = _Part(common + _COMMON * surprise, now_s)
+        self._own[self._micro_batches] = _Part(own + (1.0 - _COMMON) * surprise, now_s)
 
     def _begin(self, now_s: float) -> None:
         self._began_s = now_s
         self._tokens = 0
         self._predicted_s.clear()
         self._decoding.clear()
+
+
+def _present(part: _Part | None, now_s: float) -> float:
+    """What is left of it."""
+    return 0.0 if part is None else part.log_ratio * exp(min(part.at_s - now_s, 0.0) / _FORGET_S)

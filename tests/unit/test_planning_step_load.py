@@ -1,0 +1,113 @@
+"""Which steps are computed together, and how much of a prompt rides along."""
+
+from __future__ import annotations
+
+import pytest
+
+from molink_common.wire import Entry, Logits
+from molink_stage_worker.planning.chunks import along_tokens
+from molink_stage_worker.planning.cycle import Machine
+from molink_stage_worker.planning.ring import NO_LINKS
+from molink_stage_worker.planning.stage_cost import StageCurve
+from molink_stage_worker.planning.step_load import StepLoad, pays_together
+
+
+def curve(*points: tuple[float, float], per_token_s: float) -> StageCurve:
+    tokens, times_s = zip(*points, strict=True)
+    return StageCurve(
+        tokens=tokens,
+        times_s=times_s,
+        fixed_s=times_s[0],
+        per_token_s=per_token_s,
+        per_sequence_s=0.0,
+        per_context_token_s=0.0,
+    )
+
+
+KNEE = 32
+ROOFLINE = curve(
+    (1.0, 0.016), (8.0, 0.016), (16.0, 0.016), (32.0, 0.016), (64.0, 0.032), (128.0, 0.064), per_token_s=0.0005
+)
+"""A GPU: reads its weights until 32 tokens take as long to compute."""
+AFFINE = curve((1.0, 0.009), (256.0, 0.264), per_token_s=0.001)
+"""A CPU: 8 ms and 1 ms a token."""
+
+
+def decode(tokens: int) -> StepLoad:
+    return StepLoad(tokens=tokens, prompt_tokens=0, sequences=tokens, context_tokens=60 * tokens)
+
+
+def chunk(tokens: int) -> StepLoad:
+    return StepLoad(tokens=tokens, prompt_tokens=tokens, sequences=1, context_tokens=tokens)
+
+
+def machine(*curves: StageCurve) -> Machine:
+    return Machine(stages=curves, prompt_shares=(0.0,) * len(curves), token_bytes=1000, links=NO_LINKS, scatter=0.1)
+
+
+def along(*curves: StageCurve, size: int, chunk_tokens: int = 256, tries: bool = False) -> int:
+    return along_tokens(machine(*curves), chunk_tokens=chunk_tokens, context_tokens=60, size=size, tries=tries)
+
+
+# --- loads ----------------------------------------------------------------------------------------------------
+
+
+def test_a_load_counts_prompt_tokens_apart() -> None:
+    entries = (
+        Entry(sequence=1, start=40, count=1, opens=False, logits=Logits.LAST),
+        Entry(sequence=2, start=0, count=1, opens=True, logits=Logits.LAST),
+        Entry(sequence=3, start=16, count=8, opens=False, logits=Logits.NONE),
+    )
+    load = StepLoad.of(entries)
+    assert load == StepLoad(tokens=10, prompt_tokens=9, sequences=3, context_tokens=41 + 1 + 24)
+    assert StepLoad.of(entries[:1]) + StepLoad.of(entries[1:]) == load
+    assert StepLoad.of(()) + load == load
+
+
+# --- steps that wait ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("other", "pays"), [(8, True), (KNEE - 8, True), (KNEE, True), (64, False), (256, False)])
+def test_until_the_weights_are_no_longer_the_limit_a_chunk_rides_for_little(other: int, pays: bool) -> None:
+    assert pays_together(ROOFLINE, decode(8), chunk(other)) is pays
+
+
+def test_two_decode_steps_under_the_knee_are_one_pass() -> None:
+    assert pays_together(ROOFLINE, decode(16), decode(16))
+    assert not pays_together(ROOFLINE, decode(64), decode(64))
+
+
+@pytest.mark.parametrize(("other", "pays"), [(1, True), (7, True), (9, False), (64, False)])
+def test_where_every_token_costs_only_small_steps_ride(other: int, pays: bool) -> None:
+    assert pays_together(AFFINE, decode(8), chunk(other)) is pays
+
+
+def test_nothing_is_joined_before_costs_are_known() -> None:
+    assert not pays_together(None, decode(1), chunk(1))
+
+
+# --- chunks that ride along -----------------------------------------------------------------------------------
+
+
+def test_what_rides_along_ends_about_where_it_would_cost_time() -> None:
+    assert along(ROOFLINE, size=8) == 28
+    assert along(ROOFLINE, size=16) == 20
+
+
+def test_the_slowest_to_gain_decides() -> None:
+    assert along(ROOFLINE, AFFINE, size=8) == along(AFFINE, size=8) < along(ROOFLINE, size=8)
+
+
+def test_the_smallest_rides_however_dear_it_is() -> None:
+    assert along(AFFINE, size=4) == 8
+    assert along(curve((1.0, 0.001), (256.0, 0.256), per_token_s=0.001), size=4) == 8
+
+
+def test_a_try_is_one_size_more() -> None:
+    assert along(ROOFLINE, size=8, tries=True) == 32
+    assert along(ROOFLINE, size=16, tries=True) == 24
+
+
+def test_never_more_than_a_chunk() -> None:
+    assert along(ROOFLINE, size=4, chunk_tokens=16) == 16
+    assert along(ROOFLINE, size=4, chunk_tokens=16, tries=True) == 16
