@@ -106,7 +106,7 @@ async def test_logits_that_are_not_finite_are_an_error(pool: FakePool, nats_serv
         await pool.say_step([], failed=[(await submitted(pool)).sequence])
         response = await asking
         assert response.status_code == 500
-        assert response.json()["error"]["code"] == "not_finite"
+        assert response.json()["error"]["code"] == "given_up"
 
 
 async def test_silence_ends_in_an_error_and_a_cancellation(pool: FakePool, nats_server: EmbeddedServer) -> None:

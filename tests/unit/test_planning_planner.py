@@ -57,7 +57,17 @@ def feed(planner: Planner, *, steps: int, since_s: float, tokens: int = 8, links
 
 def test_before_measuring_there_is_a_micro_batch_for_each_stage() -> None:
     plan = make_planner(num_stages=3).plan(make_demand(32), 0.0)
-    assert plan == BatchPlan(micro_batches=3, chunk_tokens=256, chunks_under_way=3, separate_prefill=False)
+    assert (plan.micro_batches, plan.along_tokens) == (3, 0)
+
+
+def test_before_a_link_is_known_nothing_large_goes_at_once() -> None:
+    large = Planner(num_stages=2, token_bytes=16384, step_tokens=1024, policy=PipelinePolicy())
+    plan = large.plan(make_demand(32), 0.0)
+    assert plan == BatchPlan(micro_batches=2, chunk_tokens=16, chunks_under_way=4, separate_prefill=True)
+    small = Planner(num_stages=2, token_bytes=1152, step_tokens=128, policy=PipelinePolicy())
+    assert not small.plan(make_demand(32), 0.0).separate_prefill
+    alone = Planner(num_stages=1, token_bytes=16384, step_tokens=1024, policy=PipelinePolicy())
+    assert not alone.plan(make_demand(32), 0.0).separate_prefill
 
 
 def test_a_fixed_count_stays() -> None:
@@ -171,7 +181,8 @@ def test_prompts_go_apart_where_they_would_hold_decode_up_and_together_again_onl
         machine = replace(MACHINE, links=replace(LINKS, rate_bytes_per_s=rate_bytes_per_s))
         return separates(machine, step_tokens=256, cycle_s=0.1, is_separate=is_separate)
 
-    assert not apart(None, is_separate=True)
+    assert apart(None, is_separate=True)
+    assert not apart(None, is_separate=False)
     assert apart(25e6, is_separate=False)
     assert not apart(26e6, is_separate=False)
     assert apart(26e6, is_separate=True)

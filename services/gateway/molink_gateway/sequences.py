@@ -33,6 +33,9 @@ log = get_logger("gateway.sequences")
 
 ALIVE_EVERY_S = 2.0
 SUBMIT_TIMEOUT_S = 5.0
+_GIVEN_UP = (
+    "The pipeline gave this sequence up: its output was not finite, or its steps were lost again and again. Try again."
+)
 _MOST_UNSENT_CANCELS = 65536
 
 
@@ -111,7 +114,7 @@ class Sequences:
             if mailbox is not None:
                 mailbox.put(event)
         for sequence in step.failed:
-            self._fail(sequence, ApiError(500, "The model gave no finite numbers for this prompt.", code="not_finite"))
+            self._fail(sequence, ApiError(500, _GIVEN_UP, code="given_up"))
 
     async def _hear_failure(self, incoming: Incoming) -> None:
         try:

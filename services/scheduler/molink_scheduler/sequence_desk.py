@@ -185,7 +185,13 @@ def tokens(books: Books, step: StepTokens, now_s: float) -> Iterator[Instruction
     for failed in step.failed:
         sequence = books.sequences.get(failed)
         if sequence is not None and sequence.epoch == step.epoch:
-            yield from _fail(books, sequence, "the model's output was not finite", now_s, is_at_head=False)
+            yield from _fail(
+                books,
+                sequence,
+                "the pipeline gave it up: its output was not finite, or its steps were lost again and again",
+                now_s,
+                is_at_head=False,
+            )
 
 
 def cancel(books: Books, sequence_id: str, reason: str, now_s: float) -> Iterator[Instruction]:

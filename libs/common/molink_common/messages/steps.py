@@ -85,6 +85,6 @@ class StepTokens(Message):
     step: Count
     events: tuple[TokenEvent, ...] = ()
     failed: tuple[SequenceIdField, ...] = ()
-    """Sequences whose logits were not finite: they cannot go on."""
+    """Sequences that are given up: their logits were not finite, or their steps were lost again and again."""
     timings: tuple[tuple[Count, Count, Count, Count, Count, Count], ...] = ()
     """Of each stage, head first: the fields of `wire.StageTiming`."""

@@ -11,6 +11,8 @@ from molink_stage_worker.planning.step_load import StepLoad, pays_together
 LEAST_CHUNK = 16
 _ALONG_SIZES = (8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 192, 256)
 MOST_CHUNKS_UNDER_WAY = 32
+_UNKNOWN_LINK_BYTES = 256 * 1024
+"""On a link that nobody knows yet: no more at once."""
 _STALL_SHARE = 0.25
 """Of the cycle: what one chunk may take of a stage."""
 _STALL_STEPS = 1.25
@@ -32,14 +34,28 @@ _ALONG_DELAY = 0.2
 def separates(machine: Machine, *, step_tokens: int, cycle_s: float, is_separate: bool) -> bool:
     """Whether prompts go in steps of their own.
 
-    They do when a full step's prompt tokens would hold its decode tokens up on the slowest link for longer than a
-    tenth of a cycle. Once they are apart, they stay so until it is half of that.
+    They do while nobody knows the link (see `starts_separate`), and when a full step's prompt tokens would hold its
+    decode tokens up on the slowest link for longer than a tenth of a cycle. Once they are apart, they stay so until
+    it is half of that.
     """
     rate = machine.links.rate_bytes_per_s
     if rate is None:
-        return False
+        return is_separate
     allowed_s = max(_DELAY_SHARE * cycle_s, _LEAST_DELAY_S)
     return step_tokens * machine.token_bytes / rate > allowed_s * (_TOGETHER_AGAIN if is_separate else 1.0)
+
+
+def starts_separate(*, step_tokens: int, token_bytes: int) -> bool:
+    """Whether to begin with prompts in steps of their own, before the link is known.
+
+    A full step that holds a slow link up for seconds would look like a cut one. Pieces within a window do no harm.
+    """
+    return step_tokens * token_bytes > _UNKNOWN_LINK_BYTES
+
+
+def starting_chunk_tokens(*, step_tokens: int, token_bytes: int) -> int:
+    """How many tokens a chunk has before the link is known."""
+    return min(max(_UNKNOWN_LINK_BYTES // token_bytes, LEAST_CHUNK), step_tokens)
 
 
 def separate_chunk_tokens(

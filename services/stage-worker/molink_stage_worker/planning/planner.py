@@ -263,11 +263,13 @@ class Planner:
                     separate_prefill=True,
                 )
             case Scheduling.ADAPTIVE:
+                sizes = {"step_tokens": self._step_tokens, "token_bytes": self._token_bytes}
+                separate = self._num_stages > 1 and chunks.starts_separate(**sizes)
                 return BatchPlan(
                     micro_batches=fixed or self._num_stages,
-                    chunk_tokens=self._step_tokens,
-                    chunks_under_way=self._num_stages,
-                    separate_prefill=False,
+                    chunk_tokens=chunks.starting_chunk_tokens(**sizes) if separate else self._step_tokens,
+                    chunks_under_way=2 * self._num_stages,
+                    separate_prefill=separate,
                 )
 
     # --- knowing ---------------------------------------------------------------------------------------------
