@@ -86,3 +86,12 @@ def test_context_costs() -> None:
 def test_violators_are_pooled() -> None:
     assert never_falling([1.0, 3.0, 2.0, 4.0], [1.0, 1.0, 1.0, 1.0]) == [1.0, 2.5, 2.5, 4.0]
     assert never_falling([3.0, 1.0], [3.0, 1.0]) == [2.5, 2.5]
+
+
+def test_sizes_that_are_not_run_keep_their_costs() -> None:
+    """Minutes of steps of one size, at a speed that only scatters."""
+    estimator = StageEstimator()
+    learn(estimator, affine(), SIZES, rounds=20)
+    learn(estimator, affine(), [16], rounds=4000)
+    for tokens in (4, 64):
+        assert cost_s(estimator, tokens) == pytest.approx(affine()(tokens), rel=0.1)

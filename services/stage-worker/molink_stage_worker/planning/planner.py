@@ -240,13 +240,18 @@ class Planner:
         self._cycle = None if machine is None or not demand.decoding else self._cycle_of(machine, demand, micro_batches)
 
     def _cycle_of(self, machine: Machine, demand: Demand, micro_batches: int) -> Cycle:
-        return predict(
-            machine,
+        alone = replace(machine, prompt_shares=(0.0,) * self._num_stages)
+        cycle = predict(
+            machine if self._plan.separate_prefill else alone,
             decoding=demand.decoding,
             context_tokens=demand.context_tokens,
             micro_batches=min(micro_batches, demand.decoding),
             chunk_tokens=min(self._plan.along_tokens or self._plan.chunk_tokens, self._step_tokens),
         )
+        if self._plan.separate_prefill:
+            return cycle
+        # a step that holds a prompt delays all that decode alike, however many micro-batches there are
+        return replace(cycle, cycle_s=cycle.cycle_s / (1.0 - max(machine.prompt_shares)))
 
     def _default_plan(self) -> BatchPlan:
         fixed = self._policy.micro_batches

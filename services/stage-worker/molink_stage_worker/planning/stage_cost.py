@@ -210,7 +210,9 @@ class StageEstimator:
         anchor.tokens += gain * (tokens - anchor.tokens)
         anchor.sequences += gain * (sequences - anchor.sequences)
         anchor.context_tokens += gain * (context_tokens - anchor.context_tokens)
-        self._speed = min(max(self._speed * exp(_SPEED_GAIN * age * surprise), 1e-9), 1e9)
+        # as the anchor above, after the mean of times: after that of their logarithms it would sink for ever
+        change = _SPEED_GAIN * age * (exp(surprise) - 1.0)
+        self._speed = min(max(self._speed * exp(change), 1e-9), 1e9)
         scatter = self._scatter + 0.03 * age * (1.25 * abs(surprise) - self._scatter)
         self._scatter = min(max(scatter, _LEAST_SCATTER), _MOST_SCATTER)
 
