@@ -6,13 +6,14 @@ from collections.abc import Sequence as Listing
 
 from molink_stage_worker.batch_sequence import Sequence
 
+_TURNS = 3
+
 
 class ChunkChoice:
-    """By turns the prompt that came first and the one that is nearest to its end.
+    """Every third time the prompt that came first, else the one that is nearest to its end.
 
-    Were all served alike, all would end late. So a long prompt holds short ones up for half of the time only, and
-    many short ones hold it up no longer. A step stops opening sequences once their prompts together pass
-    `opening_tokens`.
+    Were all served alike, all would end late. So short prompts pass long ones, but cannot hold them up for ever. A
+    step stops opening sequences once their prompts together pass `opening_tokens`.
     """
 
     def __init__(self, opening_tokens: int) -> None:
@@ -22,7 +23,7 @@ class ChunkChoice:
     def choose(self, prompts: Listing[Sequence], budget: int) -> dict[str, int]:
         """Tokens by sequence, `budget` together at most."""
         self._turns += 1
-        is_first_come = self._turns % 2 == 1
+        is_first_come = self._turns % _TURNS == 1
         ordered = sorted(prompts, key=lambda one: (0 if is_first_come else one.unplanned, one.arrival))
         chosen: dict[str, int] = {}
         opening = 0

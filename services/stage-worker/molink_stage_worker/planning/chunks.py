@@ -17,7 +17,7 @@ _STALL_SHARE = 0.25
 """Of the cycle: what one chunk may take of a stage."""
 _STALL_STEPS = 1.25
 """What a chunk may always take, in steps of one token: less than a small step costs cannot be had."""
-_WASTE = 1.3
+_WASTE = 1.6
 """Over the best cost a token: what small chunks may cost while others decode."""
 _WASTE_ALONE = 1.1
 _MOST_STALL_SHARE = 0.4
@@ -65,7 +65,7 @@ def separate_chunk_tokens(
 
     Two wishes pull apart. A decode step that finds a chunk in a stage waits for its end: so a chunk should take no
     stage more than a quarter of a cycle. And every chunk pays a step's fixed cost: so a token should not cost more
-    than 1.3 times what it costs in the best chunk. Where both cannot be had, the second wins, up to 40 % of a
+    than 1.6 times what it costs in the best chunk. Where both cannot be had, the second wins, up to 40 % of a
     cycle: throughput lost to small chunks delays decode too, only less visibly. With nothing to delay, only the
     second counts, and stricter.
     """
