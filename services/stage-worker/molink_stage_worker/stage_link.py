@@ -74,8 +74,9 @@ class StageLink:
 
     @property
     def rate_bytes_per_s(self) -> float | None:
-        """As measured; None: not known yet."""
-        return self._sender.report().rate_bytes_per_s
+        """As measured while the link was busy. None: it was not lately, so it may carry more than was asked of it."""
+        estimator = self._sender.estimator
+        return estimator.rate_bytes_per_s if estimator.is_rate_certain else None
 
     @property
     def round_trip_s(self) -> float | None:
