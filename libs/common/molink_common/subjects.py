@@ -4,12 +4,13 @@ A worker publishes and subscribes only below its own ``worker.<id>`` and below t
 of; that is what NATS permissions can enforce. ``*`` forms are for those who listen to all of a kind.
 
     molink.v1.scheduler.submit            gateway → scheduler   request: SubmitSequence → Admitted | Refused
+    molink.v1.scheduler.resume            gateway → scheduler   request: ResumeSequence → Resumed | Failed
     molink.v1.scheduler.cancel            gateway → scheduler   CancelSequence
     molink.v1.scheduler.join              worker → scheduler    request: JoinPool → Welcome | Failed
     molink.v1.scheduler.status            anybody → scheduler   request: AskState → ClusterState
     molink.v1.scheduler.state             scheduler → all       ClusterState, every second and on change
     molink.v1.worker.<w>.heartbeat        worker → scheduler    Heartbeat
-    molink.v1.worker.<w>.control          scheduler → worker    request: AssignStage | ReleaseStage → Done | Failed
+    molink.v1.worker.<w>.control          scheduler → worker    request: AssignStage, PreloadStages, ReleaseStage
     molink.v1.worker.<w>.head             scheduler → head      request: StartSequence | StopSequence → Done | Failed
     molink.v1.worker.<w>.files            gateway → worker      request: FetchFile → FileChunk | Failed
     molink.v1.gateway.<g>.alive           gateway → scheduler   GatewayAlive
@@ -27,6 +28,7 @@ from molink_common import PROTOCOL_VERSION
 _ROOT = f"molink.v{PROTOCOL_VERSION}"
 
 SUBMIT = f"{_ROOT}.scheduler.submit"
+RESUME = f"{_ROOT}.scheduler.resume"
 CANCEL = f"{_ROOT}.scheduler.cancel"
 JOIN = f"{_ROOT}.scheduler.join"
 STATUS = f"{_ROOT}.scheduler.status"

@@ -37,6 +37,29 @@ class SubmitSequence(Message):
     options: SamplingOptions
     trace: str | None = None
     """W3C ``traceparent`` of the request's span, if it is sampled."""
+    resume_state: str | None = None
+    """What a gateway needs to go on with the stream in place of another one. With it the sequence runs on when its
+    client or its gateway goes away, and is kept for a minute after its end."""
+
+
+class ResumeSequence(Message):
+    """A client has come back for a stream. From now on the sequence belongs to this gateway, which listens for its
+    tokens already.
+    """
+
+    TYPE = "resume_sequence"
+    sequence: SequenceIdField
+    gateway: PeerId
+
+
+class Resumed(Message):
+    """The sequence and every token so far; what comes later is published as for any sequence."""
+
+    TYPE = "resumed"
+    request: SubmitSequence
+    generated: TokenIds = ()
+    finish: str | None = None
+    """A `FinishReason`; None while it runs."""
 
 
 class Admitted(Message):

@@ -131,14 +131,22 @@ class StageReport(BaseModel):
     tokens_done: Count = 0
     compute_s: float = 0.0
     """Time spent computing since the stage was loaded."""
+    pass_age_s: Annotated[float, Field(ge=0)] = 0.0
+    """How long the present pass has been computing, 0 between passes: a device that hangs shows here."""
+    longest_pass_s: Annotated[float, Field(ge=0)] = 0.0
+    """Of the passes that ended."""
     frames_dropped: Count = 0
     link: LinkReport | None = None
     """None at the tail."""
     head: HeadReport | None = None
 
 
+LayerRange = tuple[Count, Count]
+"""``[first, last)``."""
+
+
 class Heartbeat(Message):
-    """Sent every second and at once when something in it changes."""
+    """Sent twice a second and at once when something in it changes."""
 
     TYPE = "heartbeat"
     worker: PeerId
@@ -161,6 +169,10 @@ class Heartbeat(Message):
     leaving: bool = False
     """The worker is about to stop: its stage is to be placed elsewhere."""
     stage: StageReport | None = None
+    preloaded: tuple[LayerRange, ...] = ()
+    """Whose weights are in memory beside the stage at work, for the last `PreloadStages`."""
+    parameters_per_s: Annotated[float, Field(gt=0)] | None = None
+    """How many parameters a decode step passes in a second on this device, measured at the start."""
 
 
 class AssignStage(Message):
@@ -184,6 +196,25 @@ class AssignStage(Message):
     policy: PipelinePolicy = PipelinePolicy()
     codec: LinkCodec = LinkCodec.RAW
     """Of the link to the next stage."""
+    continues_epoch: Count | None = None
+    """The worker holds this very stage (layers, dtype, blocks, place) in this earlier epoch and is to go on with its
+    KV blocks and, at the head, with its sequences. Fails where that is not so."""
+    rebuild: Count | None = None
+    """With `continues_epoch` at others: the one stage whose KV blocks are empty in this epoch. The head has the
+    tokens so far computed again for it alone, from what the stage before it has kept of what it sent."""
+
+
+class PreloadStages(Message):
+    """Have these layers' weights in memory, the first ones first and as many as there is room for, so that a stage of
+    theirs can be taken on at once. Replaces what was to be preloaded before. Answered at once.
+    """
+
+    TYPE = "preload_stages"
+    fingerprint: str
+    layers: tuple[LayerRange, ...]
+    dtype: Dtype
+    num_blocks: Annotated[int, Field(ge=1)]
+    block_size: Annotated[int, Field(ge=1)]
 
 
 class ReleaseStage(Message):
