@@ -43,9 +43,7 @@ class SubmitSequence(Message):
 
 
 class ResumeSequence(Message):
-    """A client has come back for a stream. From now on the sequence belongs to this gateway, which listens for its
-    tokens already.
-    """
+    """A client has come back for a stream: the sequence is this gateway's now, which listens for its tokens already."""
 
     TYPE = "resume_sequence"
     sequence: SequenceIdField

@@ -205,8 +205,9 @@ class AssignStage(Message):
 
 
 class PreloadStages(Message):
-    """Have these layers' weights in memory, the first ones first and as many as there is room for, so that a stage of
-    theirs can be taken on at once. Replaces what was to be preloaded before. Answered at once.
+    """Have these layers' weights in memory, so that a stage of theirs can be taken on at once.
+
+    The first ones first, as many as there is room for. Replaces what was to be preloaded before. Answered at once.
     """
 
     TYPE = "preload_stages"
