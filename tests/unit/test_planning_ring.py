@@ -40,7 +40,7 @@ def test_latency_and_the_part_that_grows_are_told_apart() -> None:
 
 def test_the_own_links_rate_stands_for_all_until_payloads_differ() -> None:
     ring = RingEstimator(links=2)
-    ring.on_link(12.5e6)
+    ring.on_link(12.5e6, None)
     links = learn(ring, latency_s=0.06, s_per_byte=16e-8, payloads=[131_072], since_s=0.0)
     assert links.s_per_byte == pytest.approx(16e-8)
     assert links.latency_s == pytest.approx(0.06, rel=0.2)
@@ -66,7 +66,7 @@ def test_a_change_is_followed_in_seconds() -> None:
 
 def test_queueing_on_a_full_link_is_not_taken_for_latency() -> None:
     ring = RingEstimator(links=1)
-    ring.on_link(1.25e6)
+    ring.on_link(1.25e6, None)
     for index in range(20):
         ring.on_step(observe(12_500, 0.04), 0.1 * index, is_decode=True)
     for index in range(100):
@@ -81,3 +81,13 @@ def test_a_bulk_step_says_nothing_about_latency() -> None:
     for index in range(50):
         ring.on_step(observe(1152, 5.0), 0.1 * index, is_decode=False)
     assert ring.links() is None
+
+
+def test_before_anybody_decodes_the_round_trip_of_the_own_link_stands_for_all() -> None:
+    ring = RingEstimator(links=2)
+    assert ring.links() is None
+    ring.on_link(12.5e6, 0.1)
+    links = ring.links()
+    assert links is not None
+    assert links.latency_s == pytest.approx(0.2)
+    assert links.rate_bytes_per_s == 12.5e6

@@ -96,7 +96,7 @@ class Planner:
 
     def on_link(self, rate_bytes_per_s: float | None, round_trip_s: float | None) -> None:
         """What the sender of the head's own link has measured. None: not known."""
-        self._ring.on_link(rate_bytes_per_s)
+        self._ring.on_link(rate_bytes_per_s, round_trip_s)
 
     def plan(self, demand: Demand, now_s: float) -> BatchPlan:
         """How to form steps now.

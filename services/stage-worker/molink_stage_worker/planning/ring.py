@@ -67,11 +67,13 @@ class RingEstimator:
         self._slope_s: float | None = None
         self._latency_s: float | None = None
         self._rate_bytes_per_s: float | None = None
+        self._round_trip_s: float | None = None
         self._bytes = 0.0
         self._last_s: float | None = None
 
-    def on_link(self, rate_bytes_per_s: float | None) -> None:
+    def on_link(self, rate_bytes_per_s: float | None, round_trip_s: float | None) -> None:
         """What the sender of the head's own link has measured."""
+        self._round_trip_s = round_trip_s
         self._rate_bytes_per_s = rate_bytes_per_s if rate_bytes_per_s is None or rate_bytes_per_s > 0 else None
 
     def on_step(self, step: StepObservation, now_s: float, *, is_decode: bool) -> None:
@@ -91,10 +93,13 @@ class RingEstimator:
 
     def links(self) -> Links | None:
         """What is known now. None: too little."""
-        if self._latency_s is None:
+        latency_s = self._latency_s
+        if latency_s is None and self._round_trip_s is not None:
+            latency_s = self._links * self._round_trip_s  # nobody has decoded yet: as if all links were like the head's
+        if latency_s is None:
             return None
         return Links(
-            latency_s=self._latency_s,
+            latency_s=latency_s,
             s_per_byte=self._s_per_byte(),
             seen_bytes=self._mean_bytes(),
             rate_bytes_per_s=self._rate(),
