@@ -21,6 +21,7 @@ from molink_common.messages import StepTokens, TokenEvent
 from molink_common.wire import Codec, Entry, Extra, Logits, StageTiming, StepFrame, Traffic, encode_frame
 from molink_stage_worker.activation_codec import decode_hidden, encode_hidden
 from molink_stage_worker.engine.interface import Engine
+from molink_stage_worker.journal import Journal
 from molink_stage_worker.lives import Lives
 from molink_stage_worker.planning.stage_cost import StageCurve, StageEstimator
 from molink_stage_worker.planning.step_load import StepLoad, pays_together
@@ -85,6 +86,21 @@ class StageCompute:
         self._curve: StageCurve | None = None
         self._passes = 0
         self._refusals = 0
+        self._index = 0
+        self._journal: Journal | None = None
+        self.longest_pass_s = 0.0
+        """Of the passes that ended."""
+        self._pass_began_s: float | None = None
+
+    def take_place(self, index: int, journal: Journal | None) -> None:
+        """Which stage this is, and where what it sends is kept. To be called before any step of an epoch."""
+        self._index = index
+        self._journal = journal
+
+    def pass_age_s(self, now_s: float) -> float:
+        """How long the present pass has been computing, by `time.monotonic`; 0 between passes. From any thread."""
+        began_s = self._pass_began_s
+        return 0.0 if began_s is None else max(now_s - began_s, 0.0)
 
     def pays_together(self, steps: Sequence[StageStep], other: StageStep) -> bool:
         """Whether `other` should be computed in one pass with `steps`, by what passes have cost here so far.
@@ -106,6 +122,14 @@ class StageCompute:
 
     def run(self, steps: Sequence[StageStep]) -> list[StageResult]:
         """Compute steps in one pass. What a peer got wrong empties its step; other errors are for the caller."""
+        began_s = self._pass_began_s = time.monotonic()
+        try:
+            return self._run(steps)
+        finally:
+            self._pass_began_s = None
+            self.longest_pass_s = max(self.longest_pass_s, time.monotonic() - began_s)
+
+    def _run(self, steps: Sequence[StageStep]) -> list[StageResult]:
         closed = [self._lives.close(step.extra.closes) for step in steps]
         try:
             return self._forward(steps, closed)

@@ -73,6 +73,14 @@ class HeadDesk:
         self._batcher.on_all_lost()
         self._planned.clear()
 
+    def on_new_epoch(self, rebuild: int | None) -> None:
+        """The pipeline has a new epoch: nothing of the old one will come, and stage `rebuild` knows no KV.
+
+        None: every stage may have lost its KV, so that all is computed again.
+        """
+        del rebuild
+        self.on_all_lost()
+
     def on_link(self, rate_bytes_per_s: float | None, round_trip_s: float | None) -> None:
         """What the link to the next stage carries, as its sender has measured it."""
         self._planner.on_link(rate_bytes_per_s, round_trip_s)

@@ -28,6 +28,7 @@ from molink_stage_worker.company import DecodeRhythm
 from molink_stage_worker.compute import StageCompute, StageResult, StageStep
 from molink_stage_worker.fence import Drop, Fence
 from molink_stage_worker.head_desk import HeadDesk
+from molink_stage_worker.journal import Journal
 from molink_stage_worker.ready_queue import ReadyQueue
 from molink_stage_worker.stage_inlet import StageInlet
 from molink_stage_worker.stage_link import StageLink
@@ -59,13 +60,16 @@ class StageRunner:
         desk: HeadDesk | None,
         telemetry: Telemetry,
         worker: str,
+        journal: Journal | None = None,
     ) -> None:
+        """`compute`, `executor`, `desk` and `journal` may have served an earlier epoch at the same place."""
         self.steps_done = 0
         self.tokens_done = 0
         self.compute_s = 0.0
         self._bus = bus
         self._assignment = assignment
         self._compute = compute
+        compute.take_place(assignment.index, journal)
         self._executor = executor
         self._desk = desk
         self._telemetry = telemetry
@@ -99,6 +103,16 @@ class StageRunner:
     def frames_dropped(self) -> int:
         """Since the stage was loaded, for whatever reason."""
         return self._fence.dropped.total()
+
+    @property
+    def pass_age_s(self) -> float:
+        """How long the present pass has been computing; 0 between passes."""
+        return self._compute.pass_age_s(time.monotonic())
+
+    @property
+    def longest_pass_s(self) -> float:
+        """Of the passes that ended since the stage was loaded."""
+        return self._compute.longest_pass_s
 
     @property
     def is_head(self) -> bool:
