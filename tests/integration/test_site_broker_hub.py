@@ -28,7 +28,11 @@ async def test_it_takes_leaf_nodes_when_told_to(tmp_path: Path) -> None:
             assert is_listening(door.port)
     config = json.loads((tmp_path / "nats.conf").read_text())
     assert config["listen"] == nats_url.removeprefix("nats://")
-    assert config["leafnodes"]["authorization"] == {"user": "pool", "password": "secret"}
+    assert config["leafnodes"]["authorization"] == {
+        "user": "pool",
+        "password": "secret",
+        "account": "POOL",
+    }
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,6 @@ def test_nothing_waits_for_the_collector_of_traces() -> None:
 
 
 def test_the_broker_takes_frames_as_large_as_everywhere_else() -> None:
-    settings = dict(re.findall(r"^(\w+): (\S+)$", (DEPLOY / "nats.conf").read_text(), re.MULTILINE))
+    settings = dict(re.findall(r"^(\w+): (\S+)$", (DEPLOY / "nats-limits.conf").read_text(), re.MULTILINE))
     assert int(settings["max_payload"]) == NATS_MAX_PAYLOAD_BYTES
     assert settings["write_deadline"] == '"60s"'

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from molink.nats_accounts import ANYBODY
 from molink.nats_config import (
     LIMITS,
     NATS_MAX_PAYLOAD_BYTES,
@@ -18,6 +19,7 @@ from molink.nats_config import (
     render,
     site_config,
 )
+from molink_common import subjects
 from molink_common.errors import SettingsError
 
 POOL = Credentials(user="pool", password='p"a\\s s:@/$x')
@@ -38,7 +40,7 @@ def test_a_leaf_dials_out_and_opens_nothing_but_its_own_port() -> None:
     assert config["leafnodes"]["remotes"][0]["urls"] == ["nats-leaf://hub:7422"]
     assert "listen" not in config["leafnodes"]
     assert "cluster" not in config
-    assert "authorization" not in config
+    assert config["no_auth_user"] == ANYBODY["user"]
 
 
 @pytest.mark.parametrize("config", [site_config(leaf()), site_config(member()), pool_config(host="h", port=1)])
@@ -71,8 +73,11 @@ def test_clients_of_a_cluster_are_not_sent_to_another_site() -> None:
 
 def test_one_user_and_password_open_every_door() -> None:
     config = site_config(member(credentials=POOL, leaf_port=7422))
-    assert config["authorization"] == {"user": "pool", "password": POOL.password}
-    assert config["cluster"]["authorization"] == config["authorization"]
+    expected = {"user": "pool", "password": POOL.password}
+    assert config["accounts"]["POOL"]["users"] == [expected]
+    assert "no_auth_user" not in config, "nobody comes in without them"
+    assert config["cluster"]["authorization"] == expected
+    assert config["leafnodes"]["authorization"] == {**expected, "account": "POOL"}
     assert config["cluster"]["routes"] == ["nats-route://pool:p%22a%5Cs%20s%3A%40%2F%24x@other:6222"]
     assert json.loads(render(config)) == config
     hub = site_config(leaf(credentials=POOL))["leafnodes"]["remotes"][0]["urls"]
@@ -84,8 +89,18 @@ def test_a_pools_broker_takes_leaf_nodes_only_when_told_to() -> None:
     door = LeafDoor(host="0.0.0.0", port=7422, credentials=POOL)
     config = pool_config(host="127.0.0.1", port=4222, leaf_door=door)
     assert config["leafnodes"]["listen"] == "0.0.0.0:7422"
-    assert config["leafnodes"]["authorization"] == POOL.as_config()
-    assert "authorization" not in config, "the pool's own clients stay on loopback and need none"
+    assert config["leafnodes"]["authorization"] == {**POOL.as_config(), "account": "POOL"}
+    assert config["accounts"]["POOL"]["users"] == [POOL.as_config(), ANYBODY]
+    assert config["no_auth_user"] == ANYBODY["user"], "the pool's own clients stay on loopback and need none"
+
+
+@pytest.mark.parametrize("config", [site_config(leaf()), site_config(member()), pool_config(host="h", port=1)])
+def test_every_broker_tells_the_pool_who_has_left(config: dict[str, Any]) -> None:
+    (imported,) = config["accounts"]["POOL"]["imports"]
+    assert imported["to"] == subjects.BROKER_DISCONNECTS
+    (exported,) = config["accounts"][config["system_account"]]["exports"]
+    assert exported["stream"] == imported["stream"]["subject"] == "$SYS.ACCOUNT.POOL.DISCONNECT"
+    assert "users" not in config["accounts"][config["system_account"]]
 
 
 @pytest.mark.parametrize(

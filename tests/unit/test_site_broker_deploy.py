@@ -10,7 +10,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]  # it has no types of its own
 
 from molink.embedded import find_nats_server
-from molink.nats_config import BrokerPlan, site_config
+from molink.nats_config import BrokerPlan, pool_config, site_config
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 
@@ -52,15 +52,27 @@ def test_the_file_says_what_the_command_says() -> None:
         f"ping_max: {config['ping_max']}",
         f"reconnect_error_reports: {config['reconnect_error_reports']}",
         f'reconnect: "{config["leafnodes"]["reconnect"]}"',
+        f"account: {remote['account']}",
         f"compression: {remote['compression']}",
         f'first_info_timeout: "{remote["first_info_timeout"]}"',
     ):
         assert line in text
 
 
-@pytest.mark.parametrize("name", ["nats-site.conf", "nats-join.conf"])
+@pytest.mark.parametrize("name", ["nats.conf", "nats-site.conf", "nats-join.conf"])
+def test_the_files_name_the_subjects_that_the_command_names(name: str) -> None:
+    config = pool_config(host="h", port=1)
+    text = (DEPLOY / name).read_text()
+    (exported,) = config["accounts"]["SYS"]["exports"]
+    (imported,) = config["accounts"]["POOL"]["imports"]
+    assert f'exports: [{{ stream: "{exported["stream"]}", accounts: [POOL] }}]' in text
+    assert f'subject: "{imported["stream"]["subject"]}" }}, to: "{imported["to"]}"' in text
+    assert ("no_auth_user" in text) == (name == "nats.conf"), "the others are reached from elsewhere"
+
+
+@pytest.mark.parametrize("name", ["nats.conf", "nats-site.conf", "nats-join.conf"])
 def test_the_server_takes_the_files(tmp_path: Path, name: str) -> None:
-    (tmp_path / "molink.conf").write_text((DEPLOY / "nats.conf").read_text())
+    (tmp_path / "limits.conf").write_text((DEPLOY / "nats-limits.conf").read_text())
     (tmp_path / name).write_text((DEPLOY / name).read_text())
     url = '"nats-leaf://pool:secret@hub:7422"'  # as docker-compose.site.yml puts it together
     environment = {"MOLINK_NATS_USER": "pool", "MOLINK_NATS_PASSWORD": "secret", "NATS_HUB_URL": url}

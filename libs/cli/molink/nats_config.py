@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+from molink.nats_accounts import POOL_ACCOUNT, accounts_config, leaf_authorization
 from molink_common.errors import SettingsError
 
 NATS_MAX_PAYLOAD_BYTES = 8 * 1024 * 1024
@@ -80,15 +81,13 @@ class LeafDoor:
 
     def as_config(self) -> dict[str, Any]:
         """The `leafnodes` part of a hub."""
-        door: dict[str, Any] = {
+        return {
             "listen": _address(self.host, self.port),
             "compression": _UNCOMPRESSED,
             # a leaf keeps to the address that it was given: the hub's own view of it may lie behind NAT
             "no_advertise": True,
+            "authorization": leaf_authorization(_user(self.credentials)),
         }
-        if self.credentials is not None:
-            door["authorization"] = self.credentials.as_config()
-        return door
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +152,9 @@ class BrokerPlan:
 
 def pool_config(*, host: str, port: int, leaf_door: LeafDoor | None = None) -> dict[str, Any]:
     """The one broker of a pool, which takes leaf nodes if it has a door for them."""
-    config = {"listen": _address(host, port), **LIMITS}
+    # who comes with the user of the leaf nodes is no stranger, though clients of this machine need none
+    known = [] if leaf_door is None or leaf_door.credentials is None else [leaf_door.credentials.as_config()]
+    config = {"listen": _address(host, port), **LIMITS, **accounts_config(known, open_to_all=True)}
     if leaf_door is not None:
         config["leafnodes"] = leaf_door.as_config()
     return config
@@ -167,19 +168,23 @@ def site_config(plan: BrokerPlan) -> dict[str, Any]:
         **LIMITS,
         "connect_error_reports": _REPORT_EVERY,
         "reconnect_error_reports": _REPORT_EVERY,
+        **accounts_config(
+            [] if plan.credentials is None else [plan.credentials.as_config()], open_to_all=plan.credentials is None
+        ),
     }
-    if plan.credentials is not None:
-        config["authorization"] = plan.credentials.as_config()
     leafnodes: dict[str, Any] = {}
     if plan.leaf_port is not None:
-        leafnodes |= LeafDoor(host=plan.peers_host, port=plan.leaf_port).as_config()
+        door = LeafDoor(host=plan.peers_host, port=plan.leaf_port, credentials=plan.credentials)
+        leafnodes |= door.as_config()
     if plan.hub:
         # leaf nodes have no pings of their own: these are the clients' as well
         config |= {"ping_interval": _PING_INTERVAL, "ping_max": _PING_MAX}
         leafnodes["reconnect"] = _RECONNECT
         urls = [_with_credentials("nats-leaf", address, plan.credentials) for address in plan.hub]
         # the hub's first word may wait behind what the link still holds; the default is one second
-        leafnodes["remotes"] = [{"urls": urls, "compression": _UNCOMPRESSED, "first_info_timeout": "5s"}]
+        leafnodes["remotes"] = [
+            {"urls": urls, "account": POOL_ACCOUNT, "compression": _UNCOMPRESSED, "first_info_timeout": "5s"}
+        ]
     if leafnodes:
         config["leafnodes"] = leafnodes
     if plan.cluster is not None:
@@ -194,7 +199,7 @@ def _cluster(plan: BrokerPlan) -> dict[str, Any]:
         "listen": _address(plan.peers_host, plan.cluster_port),
         "routes": [_with_credentials("nats-route", address, plan.credentials) for address in plan.routes],
         "compression": _UNCOMPRESSED,
-        # several connections between two brokers serve several accounts; here there is one
+        # several connections between two brokers serve many busy accounts; here one is busy
         "pool_size": -1,
         "ping_interval": _PING_INTERVAL,
         "ping_max": _PING_MAX,
@@ -235,6 +240,10 @@ def _peer(text: str, flag: str, default_port: int) -> str:
     if parts.scheme not in ("nats", "nats-leaf", "nats-route") or not host or parts.path.strip("/"):
         raise SettingsError(f"{flag} {text!r} is no address of a broker; give one as {example}")
     return _address(host, default_port if port is None else port)
+
+
+def _user(credentials: Credentials | None) -> dict[str, str] | None:
+    return None if credentials is None else credentials.as_config()
 
 
 def _address(host: str, port: int) -> str:

@@ -19,6 +19,7 @@ of; that is what NATS permissions can enforce. ``*`` forms are for those who lis
     molink.v1.pipeline.<p>.stage.<k>.bulk stage k-1 → stage k   pieces of frames of class bulk (see pieces)
     molink.v1.pipeline.<p>.stage.<k>.acks stage k → stage k-1   what has arrived
     molink.v1.pipeline.<p>.tokens         tail → head, gateways, scheduler   StepTokens
+    molink.v1.broker.disconnects          NATS → scheduler      its own JSON, for each client connection that ended
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ STATE = f"{_ROOT}.scheduler.state"
 ALL_HEARTBEATS = f"{_ROOT}.worker.*.heartbeat"
 ALL_GATEWAYS_ALIVE = f"{_ROOT}.gateway.*.alive"
 ALL_TOKENS = f"{_ROOT}.pipeline.*.tokens"
+BROKER_DISCONNECTS = f"{_ROOT}.broker.disconnects"
 
 
 def heartbeat(worker: str) -> str:
