@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import platform
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,11 @@ _OFFERED_SHARE = 0.8
 _CPUINFO = Path("/proc/cpuinfo")
 _CGROUP = Path("/sys/fs/cgroup")
 _NO_LIMIT_BYTES = 1 << 60
+_MEASURED_BYTES = 64 * 2**20
+"""More than the caches of most devices hold."""
+_MEASURED_COLUMNS = 4096
+_MEASURED_TIMES = 8
+_MEASURED_WITHIN_S = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,19 +35,25 @@ class Hardware:
     """Best first."""
     memory_bytes: int
     """For weights and KV blocks together."""
+    parameters_per_s: float | None = None
+    """How many parameters a decode step passes in a second, in the best format; None: not measured."""
 
 
 def inspect(*, device: str, memory_bytes: int | None) -> Hardware:
     """The device that the setting means; `memory_bytes` None offers 80 % of what is available now.
 
+    Measures its speed, with the threads that torch is set to, which takes a fraction of a second.
+
     Raises:
         SettingsError: the device is not there.
     """
     chosen = _choose_device(device)
+    native_dtypes = _native_dtypes(chosen)
     return Hardware(
         device=chosen,
         device_name=_device_name(chosen),
-        native_dtypes=_native_dtypes(chosen),
+        native_dtypes=native_dtypes,
+        parameters_per_s=parameters_per_s(chosen, native_dtypes[0]),
         memory_bytes=int(_available_bytes(chosen) * _OFFERED_SHARE) if memory_bytes is None else memory_bytes,
     )
 
@@ -48,6 +61,37 @@ def inspect(*, device: str, memory_bytes: int | None) -> Hardware:
 def rss_bytes() -> int:
     """Memory that this process occupies now."""
     return int(psutil.Process().memory_info().rss)
+
+
+def parameters_per_s(device: str, dtype: Dtype, *, within_s: float = _MEASURED_WITHIN_S) -> float | None:
+    """How many weights a product of a matrix and a vector passes in a second, the best of a few.
+
+    None where it cannot be measured. A decode step is a row of such products, and each reads its weights once, from
+    memory. Whatever else the machine does can only make it slower, so the best of several counts.
+    """
+    kind: torch.dtype = getattr(torch, dtype)
+    rows = _MEASURED_BYTES // (_MEASURED_COLUMNS * kind.itemsize)
+    began_s = time.perf_counter()
+    try:
+        weights = torch.ones(rows, _MEASURED_COLUMNS, dtype=kind, device=device)
+        token = torch.ones(1, _MEASURED_COLUMNS, dtype=kind, device=device)
+        shortest_s = math.inf
+        with torch.inference_mode():
+            _passed_s(token, weights)  # the first one also sets the libraries up
+            for _ in range(_MEASURED_TIMES):
+                shortest_s = min(shortest_s, _passed_s(token, weights))
+                if time.perf_counter() - began_s >= within_s:
+                    break
+    except RuntimeError:  # no memory is free, or no such product is there: the worker serves nevertheless
+        return None
+    return rows * _MEASURED_COLUMNS / shortest_s
+
+
+def _passed_s(token: torch.Tensor, weights: torch.Tensor) -> float:
+    began_s = time.perf_counter()
+    result = torch.nn.functional.linear(token, weights)
+    result[0, 0].item()  # waits until the device has computed it
+    return time.perf_counter() - began_s
 
 
 def _choose_device(wanted: str) -> str:
