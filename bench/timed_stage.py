@@ -104,6 +104,9 @@ class TimedEngine:
         """As placement counts it, though nothing is held."""
         return self._num_layers * _LAYER_PARAMETERS * self._spec.dtype.size_bytes
 
+    def reset(self, *, num_blocks: int, block_size: int) -> None:
+        """No keys and values are kept."""
+
     def run(
         self,
         entries: Sequence[Entry],

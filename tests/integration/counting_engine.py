@@ -12,7 +12,7 @@ from molink_common.errors import ModelError, ProtocolError
 from molink_common.messages import ModelCard
 from molink_common.wire import Entry, Logits
 from molink_stage_worker.engine.interface import StageSpec, StepOutput
-from molink_stage_worker.stage_slot import Told
+from molink_stage_worker.stage_loading import Told
 
 VOCABULARY = 97
 HIDDEN = 4
@@ -40,6 +40,11 @@ class CountingEngine:
     @property
     def weight_bytes(self) -> int:
         return 1
+
+    def reset(self, *, num_blocks: int, block_size: int) -> None:
+        assert num_blocks > 0
+        assert block_size == BLOCK
+        self.known, self.tables = {}, {}
 
     def run(
         self,

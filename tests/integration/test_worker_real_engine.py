@@ -13,7 +13,7 @@ from molink.embedded import EmbeddedServer
 from molink_common.bus import NatsBus
 from molink_common.messages import ModelCard
 from molink_stage_worker.engine.loading import load_engine
-from molink_stage_worker.stage_slot import Told
+from molink_stage_worker.stage_loading import Told
 from tests.architectures.tiny_models import NUM_LAYERS, VOCABULARY_SIZE, make_tiny_model
 from tests.integration.worker_pool import open_pool
 

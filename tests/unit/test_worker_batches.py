@@ -11,8 +11,8 @@ from molink_common.sampling import SamplingOptions
 from molink_common.wire import Logits, Traffic
 from molink_stage_worker.batch_plan import BatchLimits, BatchPlan, StepPlan
 from molink_stage_worker.batching import MAX_RESTARTS_AFTER_LOSS, Batcher
+from molink_stage_worker.kept_stage import tokens_in_a_frame
 from molink_stage_worker.kv_blocks import BlockAllocator
-from molink_stage_worker.stage_slot import tokens_in_a_frame
 
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 

@@ -18,7 +18,8 @@ from molink_stage_worker.engine.loading import load_engine
 from molink_stage_worker.hardware import inspect
 from molink_stage_worker.models import prepare as prepare_model
 from molink_stage_worker.settings import StageWorkerSettings, size_bytes
-from molink_stage_worker.stage_slot import EngineLoader, SlotSettings, Told
+from molink_stage_worker.stage_loading import EngineLoader, Told
+from molink_stage_worker.stage_slot import SlotSettings
 from molink_stage_worker.worker import Prepared, Worker
 
 PrepareIn = Callable[[str, Path, Told], Prepared]
@@ -80,6 +81,7 @@ async def serve(
                     threads=settings.threads,
                     step_tokens=settings.step_tokens or _default_step_tokens(hardware.device),
                     max_running=settings.max_running,
+                    journal_bytes=size_bytes(settings.journal),
                 ),
                 site=settings.site,
                 hardware=hardware,

@@ -36,6 +36,9 @@ class StageWorkerSettings(ServiceSettings):
         Field(ge=1, le=65536, description="most tokens a step, as head; none: 128 on a CPU, else 1024"),
     ] = None
     max_running: Annotated[int, Field(ge=1, le=4096, description="most sequences at work at once (as head)")] = 64
+    journal: Annotated[
+        str, Field(description="memory for what was sent on, from which a replaced next stage is filled again")
+    ] = "256MiB"
     drain_timeout_s: Annotated[
         float, Field(ge=0, le=3600, description="how long to wait at the end until the stage is placed elsewhere")
     ] = 10.0
@@ -45,6 +48,12 @@ class StageWorkerSettings(ServiceSettings):
     def _memory_is_a_size(cls, text: str) -> str:
         if text != "auto":
             size_bytes(text)
+        return text
+
+    @field_validator("journal")
+    @classmethod
+    def _journal_is_a_size(cls, text: str) -> str:
+        size_bytes(text)
         return text
 
     @field_validator("device")

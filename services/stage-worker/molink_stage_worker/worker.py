@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from molink_common import __version__, subjects
@@ -26,22 +26,26 @@ from molink_common.messages import (
     FileChunk,
     Heartbeat,
     JoinPool,
+    LayerRange,
     Message,
+    PreloadStages,
     ReleaseStage,
     Welcome,
 )
 from molink_common.telemetry import Telemetry
 from molink_stage_worker.hardware import Hardware, rss_bytes
 from molink_stage_worker.head import serve_head
+from molink_stage_worker.stage_loading import Checkpoints, EngineLoader, Told
 from molink_stage_worker.stage_runner import StageRunner
-from molink_stage_worker.stage_slot import Checkpoints, EngineLoader, SlotSettings, StageSlot, Told
+from molink_stage_worker.stage_slot import SlotSettings, StageSlot
 
 log = get_logger("worker")
 
-_HEARTBEAT_S = 1.0
+_HEARTBEAT_S = 0.5
 _LONGEST_PAUSE_S = 2.0
 _PREPARE_AGAIN_S = 30.0
 _ASK_TIMEOUT_S = 5.0
+_ORDERS = (AssignStage, PreloadStages, ReleaseStage)
 
 
 class Prepared(Checkpoints, Protocol):
@@ -98,12 +102,13 @@ class Worker:
                 bulk_bus=self._bulk_bus,
                 tasks=tasks,
                 settings=self._settings,
+                memory_bytes=self._hardware.memory_bytes,
                 load_engine=self._load_engine,
                 telemetry=self._telemetry,
                 on_change=self._changed.set,
             )
             subscriptions = [
-                await serve(self._bus, subjects.control(self._worker), self._obey, AssignStage, ReleaseStage),
+                await serve(self._bus, subjects.control(self._worker), self._obey, *_ORDERS),
                 await serve_head(self._bus, self._worker, self._at_work),
                 await serve(self._bus, subjects.files(self._worker), self._hand_out, FetchFile),
             ]
@@ -112,7 +117,7 @@ class Worker:
             await stop.wait()
             await self._leave()
             joining.cancel()
-            slot.release()
+            slot.close()
             for subscription in subscriptions:
                 await subscription.close()
             beats.cancel()
@@ -124,8 +129,8 @@ class Worker:
 
     def on_reconnect(self) -> None:
         """The connection is back."""
-        if self._slot is not None and self._slot.runner is not None:
-            self._slot.runner.on_cut_off()
+        if self._slot is not None:
+            self._slot.on_reconnect()
         self._changed.set()
 
     # --- joining and leaving ---------------------------------------------------------------------------------
@@ -234,6 +239,7 @@ class Worker:
             problem=self._problem,
             leaving=self._leaving,
             stage=None if self._slot is None else self._slot.report(),
+            preloaded=() if self._slot is None else self._slot.preloaded,
         )
 
     # --- orders ----------------------------------------------------------------------------------------------
@@ -247,7 +253,7 @@ class Worker:
     async def _obey(self, order: Message) -> Message:
         slot = self._slot
         assert slot is not None, "orders are taken only while the worker runs"
-        assert isinstance(order, (AssignStage, ReleaseStage))
+        assert isinstance(order, _ORDERS)
         match order:
             case ReleaseStage():
                 if slot.assignment is not None and slot.assignment.pipeline == order.pipeline:
@@ -255,23 +261,50 @@ class Worker:
                 return Done()
             case AssignStage():
                 return self._take_on(slot, order)
+            case PreloadStages():
+                return self._preload(slot, order)
 
     def _take_on(self, slot: StageSlot, order: AssignStage) -> Message:
-        prepared, held = self._prepared, slot.assignment
-        if prepared is None:
-            return Failed(message="the model is not prepared yet")
-        if prepared.card.fingerprint != order.fingerprint:
-            return Failed(message=f"this worker has prepared {prepared.card.fingerprint}, not {order.fingerprint}")
-        if not order.first_layer < order.last_layer <= prepared.card.num_layers:
-            return Failed(message=f"layers [{order.first_layer}, {order.last_layer}) are no stage of this model")
-        if self._leaving:
-            return Failed(message="this worker is leaving")
+        held = slot.assignment
+        if held == order:  # said twice means once
+            return Done()
+        problem = self._why_not(order.fingerprint, ((order.first_layer, order.last_layer),))
         if held is not None and held.pipeline == order.pipeline and order.epoch < held.epoch:
-            return Failed(message=f"epoch {order.epoch} is older than the present one, {held.epoch}")
-        if held != order:  # said twice means once
+            problem = f"epoch {order.epoch} is older than the present one, {held.epoch}"
+        # a leaving worker goes on with what it holds until that is placed elsewhere, but begins nothing
+        if self._leaving and order.continues_epoch is None:
+            problem = "this worker is leaving"
+        if problem is None:
             log.info("stage assigned", **order.model_dump(mode="json", exclude={"fingerprint"}))
-            slot.assign(order, prepared)
+            assert self._prepared is not None, "without a model there is a problem"
+            if order.continues_epoch is None:
+                slot.assign(order, self._prepared)
+            else:
+                problem = slot.continue_in(order)
+        if problem is not None:
+            log.warning("stage refused", epoch=order.epoch, problem=problem)
+            return Failed(message=problem)
         return Done()
+
+    def _preload(self, slot: StageSlot, order: PreloadStages) -> Message:
+        problem = "this worker is leaving" if self._leaving else self._why_not(order.fingerprint, order.layers)
+        if problem is not None:
+            return Failed(message=problem)
+        assert self._prepared is not None, "without a model there is a problem"
+        slot.preload(order, self._prepared)
+        return Done()
+
+    def _why_not(self, fingerprint: str, ranges: Sequence[LayerRange]) -> str | None:
+        """Why these layers of this model cannot be held here."""
+        if self._prepared is None:
+            return "the model is not prepared yet"
+        card = self._prepared.card
+        if card.fingerprint != fingerprint:
+            return f"this worker has prepared {card.fingerprint}, not {fingerprint}"
+        for first, last in ranges:
+            if not first < last <= card.num_layers:
+                return f"layers [{first}, {last}) are no stage of this model"
+        return None
 
     async def _hand_out(self, wanted: FetchFile) -> Message:
         if self._prepared is None:

@@ -88,3 +88,6 @@ class Engine(Protocol):
         Raises:
             ProtocolError: the entries contradict the block tables (a peer's mistake); nothing was changed.
         """
+
+    def reset(self, *, num_blocks: int, block_size: int) -> None:
+        """Forget every sequence, give back the memory of keys and values, and have this many KV blocks from now on."""

@@ -26,13 +26,8 @@ class PackedEngine:
         self._base = model.base_model
         self._spec = spec
         self._boundary = Boundary(model, spec)
-        self._tables = BlockTables(
-            num_blocks=spec.num_blocks,
-            block_size=spec.block_size,
-            context_length=strict_context_length(model.config),
-        )
-        self._store = KvStore(spec.num_blocks, spec.block_size)
         self._weight_bytes = bytes_of(model)
+        self.reset(num_blocks=spec.num_blocks, block_size=spec.block_size)
 
     @property
     def hidden_size(self) -> int:
@@ -43,6 +38,16 @@ class PackedEngine:
     def weight_bytes(self) -> int:
         """Memory of the weights."""
         return self._weight_bytes
+
+    def reset(self, *, num_blocks: int, block_size: int) -> None:
+        """See `Engine.reset`."""
+        self._block_size = block_size
+        self._tables = BlockTables(
+            num_blocks=num_blocks,
+            block_size=block_size,
+            context_length=strict_context_length(self._model.config),
+        )
+        self._store = KvStore(num_blocks, block_size)
 
     @torch.inference_mode()
     def run(
@@ -61,7 +66,7 @@ class PackedEngine:
             return self._boundary.logits(None) if self._spec.is_tail else self._boundary.hidden(None)
         plan = StepPlan(
             placement,
-            block_size=self._spec.block_size,
+            block_size=self._block_size,
             device=self._boundary.device,
             dtype=self._boundary.dtype,
         )

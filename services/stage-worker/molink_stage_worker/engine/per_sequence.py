@@ -41,14 +41,9 @@ class PerSequenceEngine:
         self._spec = spec
         self._family = family
         self._boundary = Boundary(model, spec)
-        self._tables = BlockTables(
-            num_blocks=spec.num_blocks,
-            block_size=spec.block_size,
-            context_length=strict_context_length(model.config),
-        )
-        self._sequences: dict[int, _Sequence] = {}
         self._takes_positions = "position_ids" in inspect.signature(self._base.forward).parameters
         self._weight_bytes = bytes_of(model)
+        self.reset(num_blocks=spec.num_blocks, block_size=spec.block_size)
 
     @property
     def hidden_size(self) -> int:
@@ -59,6 +54,15 @@ class PerSequenceEngine:
     def weight_bytes(self) -> int:
         """Memory of the weights."""
         return self._weight_bytes
+
+    def reset(self, *, num_blocks: int, block_size: int) -> None:
+        """See `Engine.reset`."""
+        self._tables = BlockTables(
+            num_blocks=num_blocks,
+            block_size=block_size,
+            context_length=strict_context_length(self._model.config),
+        )
+        self._sequences: dict[int, _Sequence] = {}
 
     @torch.inference_mode()
     def run(
