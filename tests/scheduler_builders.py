@@ -7,6 +7,7 @@ from molink_common.messages import (
     FinishReason,
     HeadReport,
     Heartbeat,
+    LayerRange,
     ModelCard,
     StagePhase,
     StageReport,
@@ -16,7 +17,14 @@ from molink_common.messages import (
 )
 from molink_common.sampling import SamplingOptions
 from molink_scheduler.events import Event, HeartbeatArrived, Restored, Tick
-from molink_scheduler.instructions import BroadcastState, Instruction, SaveWorker
+from molink_scheduler.instructions import (
+    BroadcastState,
+    Instruction,
+    NoteLoss,
+    PreloadStagesAt,
+    ProbeWorker,
+    SaveWorker,
+)
 from molink_scheduler.machine import Machine
 from molink_scheduler.records import Snapshot
 from molink_scheduler.settings import SchedulerSettings
@@ -52,6 +60,8 @@ def make_heartbeat(
     leaving: bool = False,
     memory_bytes: int = 10 * MIB,
     preparing: str | None = None,
+    preloaded: tuple[LayerRange, ...] = (),
+    site: str = "default",
 ) -> Heartbeat:
     return Heartbeat(
         worker=worker,
@@ -65,6 +75,8 @@ def make_heartbeat(
         problem=problem,
         leaving=leaving,
         stage=stage,
+        preloaded=preloaded,
+        site=site,
     )
 
 
@@ -118,8 +130,12 @@ def make_stage(
     )
 
 
+QUIET = (SaveWorker, BroadcastState, NoteLoss, ProbeWorker, PreloadStagesAt)
+"""What would stand in every list. Tests of these find them in `Driver.all`."""
+
+
 class Driver:
-    """A machine with a hand on its clock. Saves of heartbeats and broadcasts are left out of the lists."""
+    """A machine with a hand on its clock. `QUIET` instructions are left out of the lists."""
 
     def __init__(self, settings: SchedulerSettings | None = None, snapshot: Snapshot | None = None) -> None:
         self.machine = Machine(settings or make_settings())
@@ -131,7 +147,7 @@ class Driver:
         self.now_s += after_s
         instructions = self.machine.handle(event, now_s=self.now_s)
         self.all += instructions
-        return [one for one in instructions if not isinstance(one, (SaveWorker, BroadcastState))]
+        return [one for one in instructions if not isinstance(one, QUIET)]
 
     def beat(self, *heartbeats: Heartbeat) -> list[Instruction]:
         return [one for beat in heartbeats for one in self.do(HeartbeatArrived(beat))]

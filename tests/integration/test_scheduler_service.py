@@ -30,8 +30,10 @@ from molink_common.messages import (
     GatewayAlive,
     Heartbeat,
     JoinPool,
+    LayerRange,
     Message,
     ModelCard,
+    PreloadStages,
     RefusalCode,
     Refused,
     ReleaseStage,
@@ -68,6 +70,9 @@ CARD = ModelCard(
 )
 
 
+ORDERS = (AssignStage, PreloadStages, ReleaseStage)
+
+
 class FakeWorker:
     """Takes any stage at once. As the head it keeps what it was told to start."""
 
@@ -77,16 +82,21 @@ class FakeWorker:
         self.assignments: list[AssignStage] = []
         self.started: dict[str, StartSequence] = {}
         self.starts: list[StartSequence] = []
+        self.preloaded: tuple[LayerRange, ...] = ()
         self.changed = asyncio.Event()
         self.is_alive = True
 
     async def _control(self, message: Message) -> Message:
         if isinstance(message, ReleaseStage):
-            self.stage = None
+            if self.stage is not None and self.stage.pipeline == message.pipeline:
+                self.stage = None
+        elif isinstance(message, PreloadStages):
+            self.preloaded = message.layers
         else:
             assert isinstance(message, AssignStage)
             self.assignments.append(message)
-            self.started.clear()
+            if message.continues_epoch is None:
+                self.started.clear()
             self.stage = StageReport(
                 pipeline=message.pipeline,
                 epoch=message.epoch,
@@ -122,7 +132,7 @@ class FakeWorker:
     async def run(self) -> None:
         async with contextlib.AsyncExitStack() as stack:
             for subscription in (
-                await serve(self.bus, subjects.control(self.name), self._control, AssignStage, ReleaseStage),
+                await serve(self.bus, subjects.control(self.name), self._control, *ORDERS),
                 await serve(self.bus, subjects.head(self.name), self._head, StartSequence, StopSequence, AskSequences),
             ):
                 stack.push_async_callback(subscription.close)
@@ -140,6 +150,7 @@ class FakeWorker:
             memory_bytes=10_000_000,
             card=CARD,
             stage=self.stage,
+            preloaded=self.preloaded,
         )
 
     async def speak(self, sequence: str, index: int, token: int, finish: FinishReason | None = None) -> None:
@@ -286,7 +297,29 @@ async def test_refusals_and_cancel(stand: Stand) -> None:
     head.is_alive = tail.is_alive = False
 
 
-async def test_a_dead_worker_is_replaced_and_the_sequence_goes_on_with_its_tokens(stand: Stand) -> None:
+async def test_a_dead_head_is_replaced_and_the_sequence_starts_again_with_its_tokens(stand: Stand) -> None:
+    head, tail = stand.start_worker("w1"), stand.start_worker("w2")
+    stand.start_scheduler()
+    await stand.until_state(lambda state: state.ready)
+    third = stand.start_worker("w3")
+    await stand.until_state(lambda state: any("to take over at once" in worker.reason for worker in state.workers))
+    assert third.preloaded == ((0, 2), (2, 4))
+    sequence, _ = await stand.submit()
+    await head.until(lambda: sequence in head.started)
+    await tail.speak(sequence, 0, 11)
+    await stand.until_tokens(sequence, 4)
+    head.is_alive = False
+    state = await stand.until_state(lambda state: state.ready and "w1" not in state.pipelines[0].stages)
+    assert state.pipelines[0].stages == ("w3", "w2")
+    assert state.pipelines[0].epoch == 2
+    await third.until(lambda: sequence in third.started)
+    assert third.started[sequence].generated == (11,)
+    await tail.speak(sequence, 1, 12, FinishReason.LENGTH)
+    await stand.until_no_sequence_keys()
+    tail.is_alive = third.is_alive = False
+
+
+async def test_a_dead_tail_is_replaced_and_the_head_goes_on(stand: Stand) -> None:
     head, tail = stand.start_worker("w1"), stand.start_worker("w2")
     stand.start_scheduler()
     await stand.until_state(lambda state: state.ready)
@@ -296,15 +329,19 @@ async def test_a_dead_worker_is_replaced_and_the_sequence_goes_on_with_its_token
     await head.until(lambda: sequence in head.started)
     await tail.speak(sequence, 0, 11)
     await stand.until_tokens(sequence, 4)
-    head.is_alive = False
-    state = await stand.until_state(lambda state: state.ready and "w1" not in state.pipelines[0].stages)
-    assert state.pipelines[0].stages == ("w2", "w3")
-    assert state.pipelines[0].epoch == 2
-    await tail.until(lambda: sequence in tail.started)
-    assert tail.started[sequence].generated == (11,)
-    await third.speak(sequence, 1, 12, FinishReason.LENGTH)
+    tail.is_alive = False
+    state = await stand.until_state(lambda state: state.ready and "w2" not in state.pipelines[0].stages)
+    assert state.pipelines[0].stages == ("w1", "w3")
+    assert [(a.continues_epoch, a.rebuild) for a in (head.assignments[-1], third.assignments[-1])] == [
+        (1, 1),
+        (None, 1),
+    ]
+    await third.speak(sequence, 1, 12)
+    await stand.until_tokens(sequence, 8)
+    assert len(head.starts) == 1
+    await third.speak(sequence, 2, 13, FinishReason.LENGTH)
     await stand.until_no_sequence_keys()
-    tail.is_alive = third.is_alive = False
+    head.is_alive = third.is_alive = False
 
 
 async def test_a_restarted_scheduler_keeps_pipeline_sequences_and_tokens(stand: Stand) -> None:

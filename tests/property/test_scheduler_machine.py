@@ -17,6 +17,7 @@ from molink_common.messages import (
     AssignStage,
     FinishReason,
     Heartbeat,
+    LayerRange,
     SequencesHeld,
     StagePhase,
     StageReport,
@@ -32,6 +33,7 @@ from molink_scheduler.events import (
     Event,
     GatewayAliveArrived,
     HeartbeatArrived,
+    PreloadAnswered,
     Restored,
     SequenceSaved,
     SequencesHeldArrived,
@@ -40,6 +42,8 @@ from molink_scheduler.events import (
     StoreEmptied,
     Tick,
     TokensArrived,
+    WorkerDisconnected,
+    WorkerProbed,
 )
 from molink_scheduler.instructions import (
     AppendTokens,
@@ -49,6 +53,9 @@ from molink_scheduler.instructions import (
     DeleteSequence,
     FailSequence,
     Instruction,
+    NoteLoss,
+    PreloadStagesAt,
+    ProbeWorker,
     ReleaseStageOf,
     ReplyTo,
     SavePipeline,
@@ -63,7 +70,7 @@ from molink_scheduler.records import Snapshot, StoredSequence
 from tests.scheduler_builders import make_heartbeat, make_request, make_settings
 
 MAX_TOKENS = 4
-NAMES = ("w1", "w2", "w3")
+NAMES = ("w1", "w2", "w3", "w4")
 
 
 def true_token(sequence: str, index: int) -> int:
@@ -79,6 +86,7 @@ class FakeWorker:
     phase: StagePhase = StagePhase.LOADING
     held: dict[str, list[int]] = field(default_factory=dict)
     """As the head: each sequence with its tokens so far."""
+    preloaded: tuple[LayerRange, ...] = ()
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -109,9 +117,9 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def carry_out(self, instruction: Instruction) -> None:
         match instruction:
-            case TakeEpoch(above):
+            case TakeEpoch(above, pipeline):
                 self.epoch = max(self.epoch, above) + 1
-                self.inbox.append(EpochTaken(self.epoch))
+                self.inbox.append(EpochTaken(self.epoch, pipeline))
             case AssignStageTo(name, stage):
                 assert stage.epoch >= self.assigned_epoch
                 self.assigned_epoch = stage.epoch
@@ -151,7 +159,13 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.ended.add(name)
             case SavePipeline(layout):
                 self.snapshot = Snapshot(epoch=layout.epoch, pipelines=(layout,))
-            case SaveWorker() | BroadcastState():
+            case ProbeWorker(name):
+                self.inbox.append(WorkerProbed(name, name in self.workers))
+            case PreloadStagesAt(name, stages):
+                if name in self.workers:
+                    self.workers[name].preloaded = stages.layers[:2]
+                    self.inbox.append(PreloadAnswered(name))
+            case SaveWorker() | BroadcastState() | NoteLoss():
                 pass
 
     def assign(self, name: str, stage: AssignStage) -> str | None:
@@ -160,7 +174,20 @@ class SchedulerMachine(RuleBasedStateMachine):
             return "no answer"
         if worker.assignment is not None and worker.assignment.epoch > stage.epoch:
             return "an older epoch"
-        worker.assignment, worker.phase, worker.held = stage, StagePhase.LOADING, {}
+        held = worker.assignment
+        if stage.continues_epoch is None:
+            worker.assignment, worker.phase, worker.held = stage, StagePhase.LOADING, {}
+            return None
+        if (
+            held is None
+            or worker.phase is not StagePhase.READY
+            or held.epoch not in (stage.continues_epoch, stage.epoch)
+        ):
+            return "it does not hold that stage"
+        assert (held.first_layer, held.last_layer, held.index) == (stage.first_layer, stage.last_layer, stage.index)
+        assert (held.num_stages, held.num_blocks) == (stage.num_stages, stage.num_blocks)
+        assert stage.rebuild is not None and stage.rebuild not in (0, stage.index)
+        worker.assignment = stage
         return None
 
     def start(self, name: str, start: StartSequence) -> str | None:
@@ -171,7 +198,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             return "not the head of this epoch"
         assert list(start.generated) == [true_token(start.sequence, i) for i in range(len(start.generated))]
         assert len(start.generated) < MAX_TOKENS
-        worker.held[start.sequence] = list(start.generated)
+        worker.held.setdefault(start.sequence, list(start.generated))
         return None
 
     def beat_of(self, name: str) -> Heartbeat:
@@ -187,7 +214,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 last_layer=a.last_layer,
                 phase=worker.phase,
             )
-        return make_heartbeat(name, stage=stage, leaving=worker.is_leaving)
+        return make_heartbeat(name, stage=stage, leaving=worker.is_leaving, preloaded=worker.preloaded)
 
     # --- what may happen ---
 
@@ -199,7 +226,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.workers)
     @rule(data=st.data())
     def die(self, data: st.DataObject) -> None:
-        del self.workers[data.draw(st.sampled_from(sorted(self.workers)))]
+        name = data.draw(st.sampled_from(sorted(self.workers)))
+        del self.workers[name]
+        if data.draw(st.booleans()):
+            self.post(WorkerDisconnected(name))
 
     @precondition(lambda self: self.workers)
     @rule(data=st.data())
@@ -213,7 +243,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if self.workers[name].phase is StagePhase.LOADING:
             self.workers[name].phase = phase
 
-    @rule(seconds=st.sampled_from((0.1, 0.5, 1.0, 3.0)), bus_up=st.sampled_from((True, True, True, False)))
+    @rule(seconds=st.sampled_from((0.1, 0.5, 0.9, 3.0)), bus_up=st.sampled_from((True, True, True, False)))
     def time_passes(self, seconds: float, bus_up: bool) -> None:
         self.now_s += seconds
         if bus_up:
@@ -304,7 +334,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         books = self.machine.books
         pipeline = books.pipeline
-        assert (pipeline.layout is not None) == (pipeline.phase in (PipelinePhase.LOADING, PipelinePhase.READY))
+        unformed = (PipelinePhase.WAITING, PipelinePhase.FORMING)
+        assert (pipeline.layout is None) == (pipeline.phase in unformed)
         assert set(books.sequences) <= set(self.store), "what is in the books is in the store"
         for sequence in books.sequences.values():
             assert sequence.generated == [true_token(sequence.id, i) for i in range(len(sequence.generated))]

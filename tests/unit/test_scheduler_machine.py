@@ -156,11 +156,12 @@ def test_the_whole_way_from_heartbeats_to_a_ready_pipeline() -> None:
 
 def test_auto_waits_until_the_set_is_stable() -> None:
     driver = Driver(make_settings(stages="auto", settle_s=1.0))
-    driver.beat(make_heartbeat("w1"))
-    assert driver.wait(0.9) == []
-    driver.beat(make_heartbeat("w2"))
-    assert driver.wait(0.9) == []
-    assert driver.wait(0.2) == [TakeEpoch(0)]
+    one, two = make_heartbeat("w1"), make_heartbeat("w2")
+    driver.beat(one)
+    assert driver.wait(0.9, beats=(one,)) == []
+    driver.beat(two)
+    assert driver.wait(0.9, beats=(one, two)) == []
+    assert driver.wait(0.2, beats=(one, two)) == [TakeEpoch(0)]
 
 
 def test_a_fixed_number_waits_for_ever_for_the_first_pipeline() -> None:
@@ -194,11 +195,10 @@ def test_who_is_not_fit_is_not_used_and_told_why() -> None:
 
 def test_a_pool_without_room_says_how_much_is_missing_and_tries_again_when_it_grows() -> None:
     driver = Driver(make_settings(stages="auto"))
-    driver.beat(make_heartbeat("w1", memory_bytes=100_000))
-    assert driver.wait(2) == []
+    first, second = (make_heartbeat(name, memory_bytes=100_000) for name in ("w1", "w2"))
+    assert driver.wait(2, beats=(first,)) == []
     assert "missing" in driver.machine.state(now_s=driver.now_s).reason
-    driver.beat(make_heartbeat("w2", memory_bytes=100_000))
-    assert driver.wait(2, beats=()) == [TakeEpoch(0)]
+    assert driver.wait(1.5, beats=(first, second)) == [TakeEpoch(0)]
 
 
 def test_a_worker_that_refuses_or_fails_is_left_out_for_a_while() -> None:
@@ -371,20 +371,20 @@ def test_a_store_that_does_not_take_it_in_time_is_a_refusal(ready: Driver) -> No
 # --- recovery ---
 
 
-def test_a_silent_worker_means_a_new_epoch_and_the_sequences_go_on(running: Driver) -> None:
+def test_a_silent_head_means_a_new_epoch_and_the_sequences_go_on(running: Driver) -> None:
     w1, w2, w3 = *beats_of(1, "w1", "w2"), make_heartbeat("w3")
-    running.beat(w3)
-    assert running.wait(4.5, beats=(w2, w3)) == []
-    assert running.wait(1, beats=(w2, w3)) == [TakeEpoch(1)]
+    running.beat(w1, w3)
+    assert running.wait(1.5, beats=(w2, w3)) == []
+    assert running.wait(0.5, beats=(w2, w3)) == [TakeEpoch(1)]
     waiting = running.do(SequenceSubmitted(make_request(S2), 8))
     assert waiting == [SaveSequence(record_of(S2))]
     assert running.do(SequenceSaved(S2)) == [ReplyTo(8, Admitted(sequence=S2))]
     done = running.do(EpochTaken(2))
-    assert [(one.worker, one.stage.index) for one in done if isinstance(one, AssignStageTo)] == [("w2", 0), ("w3", 1)]
+    assert [(one.worker, one.stage.index) for one in done if isinstance(one, AssignStageTo)] == [("w3", 0), ("w2", 1)]
     assert running.do(TokensArrived(make_step(1, (S1, 1, 12, None)))) == []
-    assert running.beat(*beats_of(2, "w2", "w3")) == [
-        StartSequenceAt("w2", start_of(S1, 2, (11,))),
-        StartSequenceAt("w2", start_of(S2, 2)),
+    assert running.beat(*beats_of(2, "w3", "w2")) == [
+        StartSequenceAt("w3", start_of(S1, 2, (11,))),
+        StartSequenceAt("w3", start_of(S2, 2)),
     ]
     assert running.beat(w1) == [ReleaseStageOf("w1", 1)]
     assert running.do(TokensArrived(make_step(2, (S1, 1, 12, FinishReason.STOP)))) == [DeleteSequence(S1)]

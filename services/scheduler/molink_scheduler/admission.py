@@ -14,9 +14,9 @@ _RETRY_MOST_S = 60.0
 
 
 def is_recovering(books: Books, now_s: float) -> bool:
-    """Whether the pipeline has served and is expected back soon, so that sequences may wait for it."""
-    lost_s = books.pipeline.lost_s
-    return lost_s is not None and now_s - lost_s < books.settings.pipeline_wait_s
+    """Whether a pipeline has served and is expected back soon, so that sequences may wait for it."""
+    lost_s = [one.lost_s for one in books.pipelines.values() if one.lost_s is not None]
+    return bool(lost_s) and now_s - max(lost_s) < books.settings.pipeline_wait_s
 
 
 def why_refused(request: SubmitSequence, books: Books, now_s: float) -> Refused | None:
@@ -37,7 +37,7 @@ def why_refused(request: SubmitSequence, books: Books, now_s: float) -> Refused 
             "the scheduler cannot reach its Redis, so nothing new is accepted",
             retry_after_s=_RETRY_NO_PIPELINE_S,
         )
-    if not books.pipeline.is_ready and not is_recovering(books, now_s):
+    if not books.ready_pipelines and not is_recovering(books, now_s):
         return _refusal(
             request,
             RefusalCode.NO_PIPELINE,
@@ -68,9 +68,9 @@ def _why_too_long(request: SubmitSequence, books: Books) -> str | None:
     asked = f"{len(request.prompt)} prompt tokens and {request.options.max_tokens} new ones"
     if card is not None and wanted > card.context_length:
         return f"{asked} are more than the model's context of {card.context_length} tokens"
-    layout = books.pipeline.layout
-    if layout is not None and wanted > layout.kv_capacity_tokens:
-        return f"{asked} are more than the {layout.kv_capacity_tokens} tokens that the pipeline's KV blocks hold"
+    capacities = [one.layout.kv_capacity_tokens for one in books.pipelines.values() if one.layout is not None]
+    if capacities and wanted > max(capacities):
+        return f"{asked} are more than the {max(capacities)} tokens that the pipeline's KV blocks hold"
     return None
 
 

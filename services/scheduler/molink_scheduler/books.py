@@ -1,4 +1,4 @@
-"""What the scheduler knows: workers, the pipeline, sequences, gateways. Changed only by the machine's desks.
+"""What the scheduler knows: workers, pipelines, sequences, gateways. Changed only by the machine's desks.
 
 The tables below say which moves are legal; an illegal one is our own mistake and raises with the story.
 """
@@ -9,17 +9,17 @@ from collections import deque
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from molink_common.messages import Heartbeat, ModelCard, StageReport
+from molink_common.messages import Heartbeat, ModelCard, PreloadStages, StageReport
 from molink_scheduler.placement import Placement
 from molink_scheduler.records import PipelineRecord, SequenceRecord
 from molink_scheduler.settings import SchedulerSettings
 
-PIPELINE = 1
-"""The one pipeline's number."""
+FIRST_PIPELINE = 1
+"""The number of the pipeline that is formed first."""
 
 
 class PipelinePhase(StrEnum):
-    """The life of the pipeline, through its epochs."""
+    """The life of a pipeline, through its epochs."""
 
     WAITING = "waiting"
     """For workers that can hold the model."""
@@ -28,13 +28,16 @@ class PipelinePhase(StrEnum):
     LOADING = "loading"
     """Stages are assigned; not every one is ready."""
     READY = "ready"
+    REPLACING = "replacing"
+    """Other workers are to take lost stages over; it waits for a new epoch."""
 
 
 NEXT_PIPELINE_PHASE: dict[PipelinePhase, frozenset[PipelinePhase]] = {
     PipelinePhase.WAITING: frozenset({PipelinePhase.FORMING, PipelinePhase.LOADING}),
     PipelinePhase.FORMING: frozenset({PipelinePhase.LOADING, PipelinePhase.WAITING}),
-    PipelinePhase.LOADING: frozenset({PipelinePhase.READY, PipelinePhase.WAITING}),
-    PipelinePhase.READY: frozenset({PipelinePhase.WAITING}),
+    PipelinePhase.LOADING: frozenset({PipelinePhase.READY, PipelinePhase.REPLACING, PipelinePhase.WAITING}),
+    PipelinePhase.READY: frozenset({PipelinePhase.REPLACING, PipelinePhase.WAITING}),
+    PipelinePhase.REPLACING: frozenset({PipelinePhase.LOADING, PipelinePhase.READY, PipelinePhase.WAITING}),
 }
 
 
@@ -72,6 +75,15 @@ class Worker:
     barred_because: str = ""
     released_s: float | None = None
     """When it was last told to drop a stage that nobody needs."""
+    probed_s: float | None = None
+    """When it was last asked whether it is there."""
+    leaving_since_s: float | None = None
+    """Since when it has said that it is about to stop."""
+    preload: PreloadStages | None = None
+    """What it was last told to have in memory."""
+    preload_told_s: float = 0.0
+    preload_taken: bool = False
+    """Whether it has answered that."""
 
     @property
     def name(self) -> str:
@@ -88,20 +100,19 @@ class Worker:
 
 @dataclass(slots=True, kw_only=True)
 class Pipeline:
-    """The pipeline and how it came to be where it is."""
+    """A pipeline and how it came to be where it is."""
 
+    number: int = FIRST_PIPELINE
     phase: PipelinePhase = PipelinePhase.WAITING
     phase_since_s: float = 0.0
     layout: PipelineRecord | None = None
-    """While LOADING or READY."""
+    """While LOADING, READY or REPLACING."""
     card: ModelCard | None = None
     """The model of the last layout."""
-    placement: Placement | None = None
-    """The last one that was computed, for its reasons."""
-    refused_for: tuple[object, ...] | None = None
-    """What the last placement that failed was computed from: it need not be computed again."""
     accepted_s: dict[str, float] = field(default_factory=dict)
     """When each worker of the layout took its stage."""
+    gone: dict[str, str] = field(default_factory=dict)
+    """Why workers of the layout are not in the books any more."""
     lost_s: float | None = None
     """When it stopped serving; None before it has served and while it serves."""
     lost_because: str = ""
@@ -109,12 +120,35 @@ class Pipeline:
     """After a restart: until when its workers may still be unheard of."""
     stepped_s: float = 0.0
     """When a step last came out."""
+    compared_s: float = 0.0
+    """When the books were last compared with the head's."""
+    # replacing
+    is_kept: bool = False
+    """The layout has served: it is kept, and lost stages are given to others, before anything is placed anew."""
+    replaced: frozenset[str] = frozenset()
+    """While REPLACING: whose stages others are to take over."""
+    may_continue: bool = False
+    """While REPLACING: whether the stages that are left can go on with what they hold."""
+    continued_epoch: int | None = None
+    """While LOADING: the epoch that is gone on with; its last tokens may still arrive."""
+    newcomers: frozenset[str] = frozenset()
+    """While LOADING: who has taken a stage over from another."""
+    refused_because: str | None = None
+    """While LOADING: why a worker cannot go on with what it held."""
+    # forming
+    placement: Placement | None = None
+    """The last one that was computed, for its reasons."""
+    refused_for: tuple[object, ...] | None = None
+    """What the last placement that failed was computed from: it need not be computed again."""
     fit: tuple[str, ...] = ()
+    """Who could be given a stage of it."""
     fit_since_s: float = 0.0
 
     def move(self, phase: PipelinePhase, now_s: float) -> None:
         """Make a legal move."""
-        assert phase in NEXT_PIPELINE_PHASE[self.phase], f"pipeline: {self.phase} → {phase} ({self.lost_because})"
+        assert phase in NEXT_PIPELINE_PHASE[self.phase], (
+            f"pipeline {self.number}: {self.phase} → {phase} ({self.lost_because})"
+        )
         self.phase, self.phase_since_s = phase, now_s
 
     @property
@@ -133,8 +167,11 @@ class Sequence:
     """When it began to wait for what its phase waits for."""
     replies: list[int] = field(default_factory=list)
     generated: list[int] = field(default_factory=list)
+    pipeline: int | None = None
+    """Where it was last started, and in which epoch."""
     epoch: int | None = None
-    """Where it was last started."""
+    has_hole: bool = False
+    """A token was missed since it was last started: what came after it is not kept."""
     attempts: int = 0
     confirmed_s: float | None = None
     """When its head said that it has it."""
@@ -156,10 +193,24 @@ class Sequence:
         """What it may come to hold in KV blocks."""
         return len(self.record.request.prompt) + self.record.request.options.max_tokens
 
+    @property
+    def is_resumable(self) -> bool:
+        """Whether another gateway may go on with its stream."""
+        return self.record.request.resume_state is not None
+
     def move(self, phase: SequencePhase, now_s: float) -> None:
         """Make a legal move."""
         assert phase in NEXT_SEQUENCE_PHASE[self.phase], f"sequence {self.id}: {self.phase} → {phase}"
         self.phase, self.since_s = phase, now_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndedSequence:
+    """A sequence that has ended and whose client may come back for the rest of it."""
+
+    record: SequenceRecord
+    generated: tuple[int, ...]
+    ended_s: float
 
 
 @dataclass(slots=True, kw_only=True)
@@ -169,9 +220,12 @@ class Books:
     settings: SchedulerSettings
     workers: dict[str, Worker] = field(default_factory=dict)
     """In the order in which they came."""
-    pipeline: Pipeline = field(default_factory=Pipeline)
+    pipelines: dict[int, Pipeline] = field(default_factory=lambda: {FIRST_PIPELINE: Pipeline()})
+    """By number. One at least."""
     sequences: dict[str, Sequence] = field(default_factory=dict)
     """In the order in which they came; ended ones are not here."""
+    ended: dict[str, EndedSequence] = field(default_factory=dict)
+    """Those that are kept for a while, in the order in which they ended."""
     gateways_heard_s: dict[str, float] = field(default_factory=dict)
     finished_s: deque[float] = field(default_factory=lambda: deque(maxlen=64))
     """When the last sequences ended, for the estimate of a time to retry."""
@@ -180,6 +234,24 @@ class Books:
     """Silence before this moment is ours, not theirs."""
     store_down_s: float | None = None
     """Since when the store does not answer."""
+    ticked_s: float | None = None
+    """When time last passed."""
     broadcast_s: float | None = None
-    compared_s: float = 0.0
-    """When the books were last compared with the head's."""
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The first that has a layer map, else the first."""
+        pipelines = self.pipelines.values()
+        return next((one for one in pipelines if one.layout is not None), next(iter(pipelines)))
+
+    @property
+    def ready_pipelines(self) -> list[Pipeline]:
+        """Those that serve."""
+        return [one for one in self.pipelines.values() if one.is_ready]
+
+    def pipeline_of(self, worker: str) -> Pipeline | None:
+        """Whose layer map a worker is in."""
+        for pipeline in self.pipelines.values():
+            if pipeline.layout is not None and worker in pipeline.layout.workers:
+                return pipeline
+        return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from molink_common.messages import Heartbeat, SequencesHeld, StepTokens, SubmitSequence
+from molink_common.messages import Heartbeat, ResumeSequence, SequencesHeld, StepTokens, SubmitSequence
 from molink_scheduler.records import Snapshot
 
 
@@ -27,6 +27,21 @@ class HeartbeatArrived:
     """A worker lives."""
 
     heartbeat: Heartbeat
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerDisconnected:
+    """The broker tells that a connection of a worker is closed. It may have another, or connect again."""
+
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerProbed:
+    """The answer to `ProbeWorker`: whether anybody listens where the worker takes orders."""
+
+    worker: str
+    is_there: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +75,14 @@ class CancelAsked:
 
 
 @dataclass(frozen=True, slots=True)
+class ResumeAsked:
+    """A gateway wants to go on with a stream; `reply` stands for its question."""
+
+    request: ResumeSequence
+    reply: int
+
+
+@dataclass(frozen=True, slots=True)
 class TokensArrived:
     """A step came out of a pipeline."""
 
@@ -71,6 +94,7 @@ class EpochTaken:
     """The answer to `TakeEpoch`."""
 
     epoch: int
+    pipeline: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +103,14 @@ class AssignAnswered:
 
     worker: str
     epoch: int
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PreloadAnswered:
+    """A worker takes on what it was told to preload, or there was a problem."""
+
+    worker: str
     problem: str | None = None
 
 
@@ -115,13 +147,17 @@ Event = (
     Restored
     | Tick
     | HeartbeatArrived
+    | WorkerDisconnected
+    | WorkerProbed
     | GatewayAliveArrived
     | SequenceSubmitted
     | SequenceSaved
     | CancelAsked
+    | ResumeAsked
     | TokensArrived
     | EpochTaken
     | AssignAnswered
+    | PreloadAnswered
     | StartAnswered
     | SequencesHeldArrived
     | StoreChanged

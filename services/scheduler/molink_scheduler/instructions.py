@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from molink_common.messages import (
     Admitted,
     AssignStage,
+    Failed,
     Heartbeat,
+    PreloadStages,
     Refused,
+    Resumed,
     SequenceFailed,
     StartSequence,
     StopSequence,
@@ -21,6 +24,8 @@ class TakeEpoch:
     """Draw a new epoch, larger than `above` and than any drawn before; answered by `EpochTaken`."""
 
     above: int
+    pipeline: int = 1
+    """Who wants it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +34,31 @@ class AssignStageTo:
 
     worker: str
     stage: AssignStage
+
+
+@dataclass(frozen=True, slots=True)
+class PreloadStagesAt:
+    """Answered by `PreloadAnswered`."""
+
+    worker: str
+    stages: PreloadStages
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeWorker:
+    """Ask whether a worker is there; answered by `WorkerProbed`, or not at all when nothing can be said."""
+
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class NoteLoss:
+    """Write to the log that a worker, or its stage, is lost."""
+
+    worker: str
+    reason: str
+    silent_s: float
+    """Since its last heartbeat."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +95,10 @@ class AskSequencesOf:
 
 @dataclass(frozen=True, slots=True)
 class ReplyTo:
-    """Answer a `SequenceSubmitted`."""
+    """Answer a `SequenceSubmitted` or a `ResumeAsked`."""
 
     reply: int
-    message: Admitted | Refused
+    message: Admitted | Refused | Resumed | Failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,15 +154,16 @@ class BroadcastState:
 Write = SaveSequence | AppendTokens | DeleteSequence | SavePipeline | SaveWorker
 """What goes to the store."""
 
-Instruction = (
+Question = (
     TakeEpoch
     | AssignStageTo
+    | PreloadStagesAt
+    | ProbeWorker
     | ReleaseStageOf
     | StartSequenceAt
     | StopSequenceAt
     | AskSequencesOf
-    | ReplyTo
-    | FailSequence
-    | Write
-    | BroadcastState
 )
+"""What another part is asked, and answers or not."""
+
+Instruction = Question | ReplyTo | FailSequence | NoteLoss | Write | BroadcastState

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import assert_never
 
 from molink_common.messages import ClusterState
-from molink_scheduler import pipeline_desk, sequence_desk
+from molink_scheduler import detection, pipeline_desk, resumption, sequence_desk, standby
 from molink_scheduler.books import Books, PipelinePhase
 from molink_scheduler.events import (
     AssignAnswered,
@@ -23,7 +23,9 @@ from molink_scheduler.events import (
     Event,
     GatewayAliveArrived,
     HeartbeatArrived,
+    PreloadAnswered,
     Restored,
+    ResumeAsked,
     SequenceSaved,
     SequencesHeldArrived,
     SequenceSubmitted,
@@ -32,6 +34,8 @@ from molink_scheduler.events import (
     StoreEmptied,
     Tick,
     TokensArrived,
+    WorkerDisconnected,
+    WorkerProbed,
 )
 from molink_scheduler.instructions import (
     AppendTokens,
@@ -72,6 +76,11 @@ class Machine:
                 yield from pipeline_desk.plan(books, now_s)
             case Tick(bus_up):
                 yield from self._time_passed(bus_up, now_s)
+            case WorkerDisconnected(worker):
+                yield from detection.disconnected(books, worker, now_s)
+            case WorkerProbed(worker, is_there):
+                yield from detection.probed(books, worker, is_there, now_s)
+                yield from pipeline_desk.plan(books, now_s)
             case GatewayAliveArrived(gateway):
                 books.gateways_heard_s[gateway] = now_s
             case SequenceSubmitted(request, reply):
@@ -80,15 +89,20 @@ class Machine:
                 yield from sequence_desk.saved(books, sequence, now_s)
             case CancelAsked(sequence, reason):
                 yield from sequence_desk.cancel(books, sequence, reason, now_s)
+            case ResumeAsked(request, reply):
+                yield from resumption.resume(books, request, reply, now_s)
+                yield from sequence_desk.mend(books, request.sequence, now_s)
             case StartAnswered(sequence, epoch, problem):
                 yield from sequence_desk.start_answered(books, sequence, epoch, problem, now_s)
             case SequencesHeldArrived(held, asked_at_s):
                 yield from sequence_desk.compare(books, held, asked_at_s, now_s)
-            case EpochTaken(epoch):
-                yield from pipeline_desk.epoch_taken(books, epoch, now_s)
+            case EpochTaken(epoch, pipeline):
+                yield from pipeline_desk.epoch_taken(books, pipeline, epoch, now_s)
             case AssignAnswered(worker, epoch, problem):
                 pipeline_desk.assign_answered(books, worker, epoch, problem, now_s)
                 yield from pipeline_desk.plan(books, now_s)
+            case PreloadAnswered(worker, problem):
+                standby.preload_answered(books, worker, problem)
             case StoreChanged(up):
                 books.store_down_s = None if up else now_s
                 yield BroadcastState()
@@ -101,13 +115,12 @@ class Machine:
 
     def _time_passed(self, bus_up: bool, now_s: float) -> Iterator[Instruction]:
         books = self.books
+        yield from detection.time_passed(books, bus_up, now_s)
         if bus_up:
-            yield from pipeline_desk.forget_silent(books, now_s)
             for gateway, heard_s in list(books.gateways_heard_s.items()):
                 if now_s - max(heard_s, books.deaf_until_s) >= GATEWAY_SILENT_S:
                     yield from sequence_desk.gateway_gone(books, gateway, now_s)
-        else:
-            books.deaf_until_s = now_s
+        yield from resumption.time_passed(books, now_s)
         yield from sequence_desk.time_passed(books, now_s)
         yield from pipeline_desk.plan(books, now_s)
         if books.broadcast_s is None or now_s - books.broadcast_s >= BROADCAST_EVERY_S:
@@ -118,11 +131,11 @@ class Machine:
         books = self.books
         assert books.pipeline.phase is PipelinePhase.WAITING and not books.workers, "restored once, at the start"
         books.highest_epoch = snapshot.epoch
-        for record in snapshot.pipelines[:1]:
+        for record in snapshot.pipelines:
             books.highest_epoch = max(books.highest_epoch, record.epoch)
             pipeline_desk.restore(books, record, now_s)
         for stored in snapshot.sequences:
-            sequence_desk.restore(books, stored, now_s)
+            yield from sequence_desk.restore(books, stored, now_s)
         for heartbeat in snapshot.workers:
             yield from pipeline_desk.heartbeat(books, heartbeat, now_s)
         yield from pipeline_desk.plan(books, now_s)
@@ -130,12 +143,15 @@ class Machine:
 
     def _save_everything(self) -> Iterator[Instruction]:
         books = self.books
-        if books.pipeline.layout is not None:
-            yield SavePipeline(books.pipeline.layout)
-        for sequence in books.sequences.values():
-            yield SaveSequence(sequence.record)
-            if sequence.generated:
-                yield AppendTokens(sequence.id, 0, tuple(sequence.generated))
+        for pipeline in books.pipelines.values():
+            if pipeline.layout is not None:
+                yield SavePipeline(pipeline.layout)
+        kept = [(one.record, tuple(one.generated)) for one in books.sequences.values()]
+        kept += [(one.record, one.generated) for one in books.ended.values()]
+        for record, generated in kept:
+            yield SaveSequence(record)
+            if generated:
+                yield AppendTokens(record.request.sequence, 0, generated)
 
 
 def _one_broadcast(instructions: list[Instruction]) -> list[Instruction]:

@@ -6,7 +6,15 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
-from molink_common.messages import Dtype, Heartbeat, LinkCodec, ModelCard, PipelinePolicy, SubmitSequence
+from molink_common.messages import (
+    Dtype,
+    FinishReason,
+    Heartbeat,
+    LinkCodec,
+    ModelCard,
+    PipelinePolicy,
+    SubmitSequence,
+)
 
 
 class StageRecord(BaseModel):
@@ -33,11 +41,18 @@ class PipelineRecord(BaseModel):
     policy: PipelinePolicy = PipelinePolicy()
     stages: tuple[StageRecord, ...]
     """Head first."""
+    continued_epochs: tuple[int, ...] = ()
+    """Earlier epochs whose sequences the head has taken along into this one, oldest first."""
 
     @property
     def head(self) -> str:
         """The worker of the first stage."""
         return self.stages[0].worker
+
+    @property
+    def lives(self) -> frozenset[int]:
+        """Epochs in which a sequence may have been started that the head holds now."""
+        return frozenset((self.epoch, *self.continued_epochs))
 
     @property
     def workers(self) -> frozenset[str]:
@@ -59,6 +74,8 @@ class SequenceRecord(BaseModel):
     """Of the model that began it; tokens of another model cannot continue it."""
     started_epoch: int | None = None
     """The epoch whose head has confirmed that it holds the sequence."""
+    finish: FinishReason | None = None
+    """Why it ended; None while it is served."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

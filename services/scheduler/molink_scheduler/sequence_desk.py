@@ -14,9 +14,11 @@ from molink_common.messages import (
     StepTokens,
     StopSequence,
     SubmitSequence,
+    TokenEvent,
 )
+from molink_scheduler import resumption
 from molink_scheduler.admission import why_refused
-from molink_scheduler.books import PIPELINE, Books, Sequence, SequencePhase
+from molink_scheduler.books import Books, Pipeline, Sequence, SequencePhase
 from molink_scheduler.fitness import pool_card
 from molink_scheduler.instructions import (
     AppendTokens,
@@ -48,6 +50,7 @@ def submit(books: Books, request: SubmitSequence, reply: int, now_s: float) -> I
     if known is not None:
         yield ReplyTo(reply, Admitted(sequence=request.sequence))
         return
+    yield from resumption.forget(books, request.sequence)
     refused = why_refused(request, books, now_s)
     if refused is not None:
         yield ReplyTo(reply, refused)
@@ -73,55 +76,75 @@ def saved(books: Books, sequence_id: str, now_s: float) -> Iterator[Instruction]
     yield from _start(books, sequence, now_s)
 
 
-def restore(books: Books, stored: StoredSequence, now_s: float) -> None:
+def restore(books: Books, stored: StoredSequence, now_s: float) -> Iterator[Instruction]:
     """Take a sequence up again as it was kept."""
     record = stored.record
-    layout = books.pipeline.layout
-    is_at_head = layout is not None and record.started_epoch == layout.epoch
+    if record.finish is not None:
+        yield from resumption.keep(books, record, stored.tokens, now_s)
+        return
+    at_head = next((one for one in books.pipelines.values() if _has_taken(one, record)), None)
+    layout = at_head.layout if at_head is not None else None
     books.gateways_heard_s[record.request.gateway] = now_s
     books.sequences[record.request.sequence] = Sequence(
         record=record,
-        phase=SequencePhase.RUNNING if is_at_head else SequencePhase.WAITING,
+        phase=SequencePhase.WAITING if layout is None else SequencePhase.RUNNING,
         since_s=now_s,
         generated=list(stored.tokens),
-        epoch=record.started_epoch if is_at_head else None,
-        confirmed_s=now_s if is_at_head else None,
-        is_restored=is_at_head,
+        pipeline=None if layout is None else layout.pipeline,
+        epoch=None if layout is None else layout.epoch,
+        confirmed_s=None if layout is None else now_s,
+        is_restored=layout is not None,
     )
 
 
+def _has_taken(pipeline: Pipeline, record: SequenceRecord) -> bool:
+    return pipeline.layout is not None and record.started_epoch in pipeline.layout.lives
+
+
 def start_waiting(books: Books, now_s: float) -> Iterator[Instruction]:
-    """The pipeline is ready: start whatever waits for it."""
+    """A pipeline is ready: start whatever waits for it."""
     for sequence in list(books.sequences.values()):
         if sequence.phase is SequencePhase.WAITING:
             yield from _start(books, sequence, now_s)
 
 
-def pipeline_lost(books: Books, now_s: float) -> None:
-    """Whatever was at the head waits for the next one, with the tokens it has so far."""
+def pipeline_lost(books: Books, pipeline: Pipeline, now_s: float) -> None:
+    """Whatever was at its head waits for another one, with the tokens it has so far."""
     for sequence in books.sequences.values():
+        if sequence.pipeline != pipeline.number:
+            continue
         if sequence.phase in (SequencePhase.STARTING, SequencePhase.RUNNING):
             sequence.move(SequencePhase.WAITING, now_s)
-        sequence.epoch, sequence.confirmed_s, sequence.attempts, sequence.is_restored = None, None, 0, False
+        sequence.pipeline, sequence.epoch = None, None
+        sequence.confirmed_s, sequence.attempts, sequence.is_restored = None, 0, False
+
+
+def pipeline_continued(books: Books, pipeline: Pipeline, now_s: float) -> None:
+    """Its head goes on in the new epoch with what it holds; what it has not confirmed is started again."""
+    layout = pipeline.layout
+    assert layout is not None, "a pipeline that goes on has a layer map"
+    for sequence in books.sequences.values():
+        if sequence.pipeline != pipeline.number:
+            continue
+        if sequence.phase is SequencePhase.STARTING:
+            sequence.move(SequencePhase.WAITING, now_s)
+        # also of those that wait: if the head has them after all, their tokens are tokens
+        sequence.epoch, sequence.attempts = layout.epoch, 0
 
 
 def _start(books: Books, sequence: Sequence, now_s: float) -> Iterator[Instruction]:
-    layout = books.pipeline.layout
-    if not books.pipeline.is_ready or layout is None:
+    if not books.ready_pipelines:
         return
+    pipeline = choose(books, sequence)
+    if pipeline is None:
+        yield from _fail_if_hopeless(books, sequence, now_s)
+        return
+    layout = pipeline.layout
+    assert layout is not None, "a pipeline that is ready has a layer map"
     request = sequence.record.request
-    if sequence.record.fingerprint != layout.card.fingerprint:
-        yield from _fail(books, sequence, "the pool has changed to another model", now_s)
-        return
-    if sequence.most_tokens > layout.kv_capacity_tokens:
-        problem = (
-            f"the pipeline that is left holds {layout.kv_capacity_tokens} tokens, this request may need "
-            f"{sequence.most_tokens}"
-        )
-        yield from _fail(books, sequence, problem, now_s)
-        return
     sequence.move(SequencePhase.STARTING, now_s)
-    sequence.epoch = layout.epoch
+    sequence.pipeline, sequence.epoch = layout.pipeline, layout.epoch
+    sequence.has_hole = False
     sequence.attempts += 1
     start = StartSequence(
         pipeline=layout.pipeline,
@@ -133,6 +156,28 @@ def _start(books: Books, sequence: Sequence, now_s: float) -> Iterator[Instructi
         trace=request.trace,
     )
     yield StartSequenceAt(layout.head, start)
+
+
+def choose(books: Books, sequence: Sequence) -> Pipeline | None:
+    """Who is to serve a sequence; None when none that is ready can."""
+    for pipeline in books.ready_pipelines:
+        layout = pipeline.layout
+        assert layout is not None, "a pipeline that is ready has a layer map"
+        has_room = sequence.most_tokens <= layout.kv_capacity_tokens
+        if has_room and sequence.record.fingerprint == layout.card.fingerprint:
+            return pipeline
+    return None
+
+
+def _fail_if_hopeless(books: Books, sequence: Sequence, now_s: float) -> Iterator[Instruction]:
+    layouts = [one.layout for one in books.pipelines.values() if one.layout is not None]
+    if all(sequence.record.fingerprint != layout.card.fingerprint for layout in layouts):
+        yield from _fail(books, sequence, "the pool has changed to another model", now_s)
+        return
+    most = max(layout.kv_capacity_tokens for layout in layouts)
+    if sequence.most_tokens > most:
+        problem = f"the pipeline that is left holds {most} tokens, this request may need {sequence.most_tokens}"
+        yield from _fail(books, sequence, problem, now_s)
 
 
 def start_answered(
@@ -165,26 +210,30 @@ def tokens(books: Books, step: StepTokens, now_s: float) -> Iterator[Instruction
 
     After tokens that were missed, later ones are not kept: a new start makes them again, as the same tokens.
     """
-    layout = books.pipeline.layout
-    if layout is None or (step.pipeline, step.epoch) != (layout.pipeline, layout.epoch):
+    pipeline = books.pipelines.get(step.pipeline)
+    layout = pipeline.layout if pipeline is not None else None
+    if pipeline is None or layout is None or step.epoch not in (layout.epoch, pipeline.continued_epoch):
         return
-    books.pipeline.stepped_s = now_s
+    pipeline.stepped_s = now_s
     for event in step.events:
         sequence = books.sequences.get(event.sequence)
-        if sequence is None or sequence.epoch != step.epoch:
+        if sequence is None or (sequence.pipeline, sequence.epoch) != (step.pipeline, layout.epoch):
             continue
+        is_next = event.index == len(sequence.generated)
         if event.finish is not None:
-            books.finished_s.append(now_s)
-            yield from _end(books, sequence, now_s)
+            yield from _finish(books, sequence, event, now_s)
             continue
         sequence.attempts = 0
-        yield from _confirm(sequence, step.epoch, now_s)
-        if event.index == len(sequence.generated):
+        if step.epoch == layout.epoch:
+            yield from _confirm(sequence, step.epoch, now_s)
+        if is_next:
             sequence.generated.append(event.token)
             yield AppendTokens(event.sequence, event.index, (event.token,))
+        elif event.index > len(sequence.generated):
+            sequence.has_hole = True
     for failed in step.failed:
         sequence = books.sequences.get(failed)
-        if sequence is not None and sequence.epoch == step.epoch:
+        if sequence is not None and (sequence.pipeline, sequence.epoch) == (step.pipeline, layout.epoch):
             yield from _fail(
                 books,
                 sequence,
@@ -194,8 +243,27 @@ def tokens(books: Books, step: StepTokens, now_s: float) -> Iterator[Instruction
             )
 
 
+def _finish(books: Books, sequence: Sequence, event: TokenEvent, now_s: float) -> Iterator[Instruction]:
+    books.finished_s.append(now_s)
+    if not sequence.is_resumable:
+        yield from _end(books, sequence, now_s)
+    elif event.index > len(sequence.generated):
+        # its tokens are promised to whoever comes back for them: those that were missed are made again
+        yield from _start_again(books, sequence, now_s)
+    else:
+        if event.index == len(sequence.generated):
+            sequence.generated.append(event.token)
+            yield AppendTokens(event.sequence, event.index, (event.token,))
+        sequence.move(SequencePhase.ENDED, now_s)
+        del books.sequences[sequence.id]
+        record = sequence.record.model_copy(update={"finish": event.finish})
+        yield SaveSequence(record)
+        yield from resumption.keep(books, record, sequence.generated, now_s)
+
+
 def cancel(books: Books, sequence_id: str, reason: str, now_s: float) -> Iterator[Instruction]:
     """Free everything of a sequence. Unknown ids are ignored."""
+    yield from resumption.forget(books, sequence_id)
     sequence = books.sequences.get(sequence_id)
     if sequence is None:
         return
@@ -207,9 +275,9 @@ def cancel(books: Books, sequence_id: str, reason: str, now_s: float) -> Iterato
 
 
 def gateway_gone(books: Books, gateway: str, now_s: float) -> Iterator[Instruction]:
-    """Nobody waits for a silent gateway's sequences."""
+    """Nobody waits for a silent gateway's sequences, but for those that another gateway may go on with."""
     del books.gateways_heard_s[gateway]
-    for sequence in [one for one in books.sequences.values() if one.gateway == gateway]:
+    for sequence in [one for one in books.sequences.values() if one.gateway == gateway and not one.is_resumable]:
         yield from cancel(books, sequence.id, f"gateway {gateway} is silent", now_s)
 
 
@@ -228,60 +296,75 @@ def time_passed(books: Books, now_s: float) -> Iterator[Instruction]:
                 yield ReplyTo(reply, refused)
             yield from _end(books, sequence, now_s)
         elif sequence.phase is SequencePhase.WAITING:
-            if books.pipeline.is_ready and waited_s >= START_AGAIN_S:
+            if books.ready_pipelines and waited_s >= START_AGAIN_S:
                 yield from _start(books, sequence, now_s)
-            elif not books.pipeline.is_ready and waited_s >= books.settings.pipeline_wait_s:
+            elif not books.ready_pipelines and waited_s >= books.settings.pipeline_wait_s:
                 problem = (
                     f"no pipeline could go on with it within {books.settings.pipeline_wait_s:g} s"
                     f" ({books.pipeline.lost_because or 'there is none'})"
                 )
                 yield from _fail(books, sequence, problem, now_s)
-    is_any_running = any(one.phase is SequencePhase.RUNNING for one in books.sequences.values())
+    running = {one.pipeline for one in books.sequences.values() if one.phase is SequencePhase.RUNNING}
     is_deaf = books.deaf_until_s == now_s
-    if is_any_running and not is_deaf and now_s - books.compared_s >= COMPARE_EVERY_S:
-        yield from ask_head(books, now_s)
+    for pipeline in books.ready_pipelines:
+        if pipeline.number in running and not is_deaf and now_s - pipeline.compared_s >= COMPARE_EVERY_S:
+            yield from ask_head(pipeline, now_s)
 
 
-def ask_head(books: Books, now_s: float) -> Iterator[Instruction]:
-    """Ask which sequences the head holds, if there is a head."""
-    layout = books.pipeline.layout
-    if books.pipeline.is_ready and layout is not None:
-        books.compared_s = now_s
-        yield AskSequencesOf(layout.head, layout.pipeline)
+def ask_head(pipeline: Pipeline, now_s: float) -> Iterator[Instruction]:
+    """Ask which sequences the head of a pipeline holds, if it serves."""
+    if pipeline.is_ready and pipeline.layout is not None:
+        pipeline.compared_s = now_s
+        yield AskSequencesOf(pipeline.layout.head, pipeline.number)
 
 
 def compare(books: Books, held: SequencesHeld, asked_at_s: float, now_s: float) -> Iterator[Instruction]:
-    """Put the head's books and these in agreement.
+    """Put a head's books and these in agreement.
 
     What the head should have had when asked and has not: it ended while this scheduler was away if that was
     so, else it is started again. What only the head has is stopped.
     """
-    layout = books.pipeline.layout
-    if layout is None or not books.pipeline.is_ready or held.epoch != layout.epoch:
+    pipeline = books.pipelines.get(held.pipeline)
+    layout = pipeline.layout if pipeline is not None and pipeline.is_ready else None
+    if layout is None or held.epoch != layout.epoch:
         return
     at_head = frozenset(held.sequences)
-    for sequence in list(books.sequences.values()):
+    for sequence in [one for one in books.sequences.values() if one.pipeline == held.pipeline]:
         if sequence.phase is not SequencePhase.RUNNING or (sequence.confirmed_s or now_s) > asked_at_s:
             continue
         if sequence.id in at_head:
             sequence.is_restored = False
-        elif sequence.is_restored:
+        elif sequence.is_restored and not sequence.is_resumable:
             yield from _end(books, sequence, now_s)
         elif sequence.attempts >= START_ATTEMPTS:
             yield from _fail(books, sequence, "the head loses it again and again", now_s)
         else:
-            sequence.move(SequencePhase.WAITING, now_s)
-            sequence.confirmed_s = None
-            yield from _start(books, sequence, now_s)
-    for unknown in held.sequences:
-        if unknown not in books.sequences:
-            yield StopSequenceAt(layout.head, StopSequence(pipeline=layout.pipeline, sequence=unknown))
+            yield from _start_again(books, sequence, now_s)
+    for sequence_id in held.sequences:
+        known = books.sequences.get(sequence_id)
+        if known is None or known.pipeline not in (held.pipeline, None):
+            yield StopSequenceAt(layout.head, StopSequence(pipeline=layout.pipeline, sequence=sequence_id))
+
+
+def mend(books: Books, sequence_id: str, now_s: float) -> Iterator[Instruction]:
+    """Have the tokens that were missed made again, for a gateway that has not seen them either."""
+    sequence = books.sequences.get(sequence_id)
+    if sequence is not None and sequence.has_hole and sequence.phase is SequencePhase.RUNNING:
+        yield from _stop_at_head(books, sequence)
+        yield from _start_again(books, sequence, now_s)
+
+
+def _start_again(books: Books, sequence: Sequence, now_s: float) -> Iterator[Instruction]:
+    sequence.move(SequencePhase.WAITING, now_s)
+    sequence.confirmed_s, sequence.is_restored = None, False
+    yield from _start(books, sequence, now_s)
 
 
 def _stop_at_head(books: Books, sequence: Sequence) -> Iterator[Instruction]:
-    layout = books.pipeline.layout
+    pipeline = books.pipelines.get(sequence.pipeline) if sequence.pipeline is not None else None
+    layout = pipeline.layout if pipeline is not None else None
     if layout is not None and sequence.epoch == layout.epoch:
-        yield StopSequenceAt(layout.head, StopSequence(pipeline=PIPELINE, sequence=sequence.id))
+        yield StopSequenceAt(layout.head, StopSequence(pipeline=layout.pipeline, sequence=sequence.id))
 
 
 def _fail(

@@ -33,6 +33,9 @@ class SchedulerSettings(ServiceSettings):
     stage_overhead_bytes: Annotated[
         int, Field(ge=0, description="part of each worker's memory that is kept for activations")
     ] = 64 * 1024 * 1024
+    worker_silent_s: Annotated[
+        float, Field(ge=1, le=60, description="how long a worker's heartbeats may be missing until it is lost")
+    ] = 1.75
     settle_s: Annotated[float, Field(ge=0, description="how long the set of workers must be stable")] = 1.0
     pipeline_wait_s: Annotated[float, Field(gt=0, description="how long sequences wait for a lost pipeline")] = 60.0
     micro_batches: Annotated[

@@ -10,62 +10,52 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from itertools import count
-from typing import assert_never
 
 from molink_common import messages, subjects
 from molink_common.bus import Bus, Incoming, Payload, serve
-from molink_common.errors import BusError, BusUnavailable, MolinkError, ProtocolError
+from molink_common.errors import BusUnavailable, MolinkError, ProtocolError
 from molink_common.identity import new_peer_id
 from molink_common.logs import get_logger
 from molink_common.messages import (
-    AskSequences,
     AskState,
     CancelSequence,
-    Done,
     Failed,
     GatewayAlive,
     Heartbeat,
     JoinPool,
+    M,
     Message,
-    ReleaseStage,
-    SequencesHeld,
+    ResumeSequence,
     StepTokens,
     SubmitSequence,
     Welcome,
 )
 from molink_scheduler.events import (
-    AssignAnswered,
     CancelAsked,
-    EpochTaken,
     Event,
     GatewayAliveArrived,
     HeartbeatArrived,
     Restored,
-    SequencesHeldArrived,
+    ResumeAsked,
     SequenceSubmitted,
-    StartAnswered,
     StoreEmptied,
     Tick,
     TokensArrived,
 )
 from molink_scheduler.instructions import (
     AppendTokens,
-    AskSequencesOf,
-    AssignStageTo,
     BroadcastState,
     DeleteSequence,
     FailSequence,
     Instruction,
-    ReleaseStageOf,
+    NoteLoss,
     ReplyTo,
     SavePipeline,
     SaveSequence,
     SaveWorker,
-    StartSequenceAt,
-    StopSequenceAt,
-    TakeEpoch,
 )
 from molink_scheduler.machine import Machine
+from molink_scheduler.questions import Questions
 from molink_scheduler.settings import SchedulerSettings
 from molink_scheduler.store import Lease, Store, StoreUnavailable
 from molink_scheduler.writer import WriteBehind
@@ -75,8 +65,6 @@ log = get_logger("scheduler")
 TICK_S = 0.25
 LEASE_EXPIRY_S = 4.0
 LEASE_RENEWAL_S = 1.0
-_ASSIGN_TIMEOUT_S = 5.0
-_HEAD_TIMEOUT_S = 2.0
 _OUTBOX_MESSAGES = 16384
 
 Respond = Callable[[Payload], "asyncio.Future[None]"]
@@ -143,6 +131,7 @@ class Scheduler:
         self._owner = owner
         self._machine = Machine(settings)
         self._writer = WriteBehind(store, self._post)
+        self._questions = Questions(bus, store, self._post)
         self._outbox: asyncio.Queue[tuple[Respond | str, Message]] = asyncio.Queue(_OUTBOX_MESSAGES)
         self._replies: dict[int, Respond] = {}
         self._reply_numbers = count()
@@ -180,6 +169,7 @@ class Scheduler:
         async with contextlib.AsyncExitStack() as subscriptions:
             for subscription in (
                 await bus.subscribe(subjects.SUBMIT, self._hear_submit),
+                await bus.subscribe(subjects.RESUME, self._hear_resume),
                 await serve(bus, subjects.ALL_TOKENS, self._hear_tokens, StepTokens),
                 await serve(bus, subjects.ALL_HEARTBEATS, self._hear_heartbeat, Heartbeat),
                 await serve(bus, subjects.CANCEL, self._hear_cancel, CancelSequence),
@@ -214,20 +204,10 @@ class Scheduler:
                 self._send(subjects.gateway_failures(gateway), failed)
             case BroadcastState():
                 self._send(subjects.STATE, self._machine.state(now_s=self._now_s()))
-            case TakeEpoch(above):
-                self._tasks.create_task(self._take_epoch(above))
-            case AssignStageTo():
-                self._tasks.create_task(self._assign(instruction))
-            case ReleaseStageOf(worker, pipeline):
-                self._tasks.create_task(self._tell(subjects.control(worker), ReleaseStage(pipeline=pipeline)))
-            case StartSequenceAt():
-                self._tasks.create_task(self._start(instruction))
-            case StopSequenceAt(worker, stop):
-                self._tasks.create_task(self._tell(subjects.head(worker), stop))
-            case AskSequencesOf(worker, pipeline):
-                self._tasks.create_task(self._ask_sequences(worker, pipeline))
+            case NoteLoss(worker, reason, silent_s):
+                log.warning("worker lost", worker=worker, reason=reason, silent_s=round(silent_s, 3))
             case _:
-                assert_never(instruction)
+                self._tasks.create_task(self._questions.ask(instruction))
 
     def _send(self, where: Respond | str, message: Message) -> None:
         try:
@@ -246,60 +226,6 @@ class Scheduler:
             except BusUnavailable as error:
                 log.warning("message not sent", kind=message.TYPE, problem=str(error))
 
-    # --- questions: each ends in an event ---
-
-    async def _ask(self, subject: str, message: Message, timeout_s: float) -> str | None:
-        """None when the other side said `Done`, else the problem."""
-        try:
-            answer = await self._bus.ask(subject, message, Done, Failed, timeout_s=timeout_s)
-        except (BusError, ProtocolError) as error:
-            return str(error)
-        return answer.message if isinstance(answer, Failed) else None
-
-    async def _tell(self, subject: str, message: Message) -> None:
-        problem = await self._ask(subject, message, _HEAD_TIMEOUT_S)
-        if problem is not None:
-            log.debug("not done", kind=message.TYPE, problem=problem)
-
-    async def _take_epoch(self, above: int) -> None:
-        try:
-            epoch = await self._store.next_epoch(above)
-        except StoreUnavailable as error:
-            # the workers refuse what is older than they have seen, so serving on is safe while the lease is ours
-            log.warning("an epoch drawn without the store", problem=str(error))
-            epoch = above + 1
-        self._post(EpochTaken(epoch))
-
-    async def _assign(self, instruction: AssignStageTo) -> None:
-        worker, stage = instruction.worker, instruction.stage
-        problem = await self._ask(subjects.control(worker), stage, _ASSIGN_TIMEOUT_S)
-        log.info(
-            "stage assigned" if problem is None else "stage not taken",
-            worker=worker,
-            epoch=stage.epoch,
-            layers=f"{stage.first_layer}-{stage.last_layer}",
-            num_blocks=stage.num_blocks,
-            problem=problem,
-        )
-        self._post(AssignAnswered(worker, stage.epoch, problem))
-
-    async def _start(self, instruction: StartSequenceAt) -> None:
-        start = instruction.start
-        problem = await self._ask(subjects.head(instruction.worker), start, _HEAD_TIMEOUT_S)
-        if problem is not None:
-            log.warning("sequence not started", sequence=start.sequence, problem=problem)
-        self._post(StartAnswered(start.sequence, start.epoch, problem))
-
-    async def _ask_sequences(self, worker: str, pipeline: int) -> None:
-        asked_at_s = self._now_s()
-        question = AskSequences(pipeline=pipeline)
-        try:
-            held = await self._bus.ask(subjects.head(worker), question, SequencesHeld, timeout_s=_HEAD_TIMEOUT_S)
-        except (BusError, ProtocolError) as error:
-            log.warning("the head does not say what it holds", worker=worker, problem=str(error))
-            return
-        self._post(SequencesHeldArrived(held, asked_at_s))
-
     async def _keep_lease(self) -> None:
         while True:
             await asyncio.sleep(LEASE_RENEWAL_S)
@@ -316,18 +242,29 @@ class Scheduler:
     # --- ears ---
 
     async def _hear_submit(self, incoming: Incoming) -> None:
+        request, reply = self._question(incoming, SubmitSequence)
+        if request is not None:
+            self._post(SequenceSubmitted(request, reply))
+
+    async def _hear_resume(self, incoming: Incoming) -> None:
+        request, reply = self._question(incoming, ResumeSequence)
+        if request is not None:
+            self._post(ResumeAsked(request, reply))
+
+    def _question(self, incoming: Incoming, kind: type[M]) -> tuple[M | None, int]:
+        """A question and the number of its answer, which the machine gives later. None: it is answered already."""
+        reply = next(self._reply_numbers)
         if incoming.respond is None:
-            log.warning("a sequence was submitted without waiting for the answer")
-            return
+            log.warning("asked without waiting for the answer", subject=incoming.subject)
+            return None, reply
         respond: Respond = incoming.respond  # type: ignore[assignment]
         try:
-            request = messages.decode(incoming.data, SubmitSequence)
+            request = messages.decode(incoming.data, kind)
         except ProtocolError as error:
             self._send(respond, Failed(message=str(error)))
-            return
-        reply = next(self._reply_numbers)
+            return None, reply
         self._replies[reply] = respond
-        self._post(SequenceSubmitted(request, reply))
+        return request, reply
 
     async def _hear_tokens(self, step: StepTokens) -> None:
         self._post(TokensArrived(step))
