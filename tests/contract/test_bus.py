@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from molink.embedded import find_nats_server, free_port
+from molink.embedded import EmbeddedServer, find_nats_server, free_port, start_nats
 from molink_common import subjects
 from molink_common.bus import BusSettings, Incoming, NatsBus, open_bus, serve
 from molink_common.errors import BusUnavailable, NobodyListens, ProtocolError, RequestTimeout
@@ -103,3 +106,83 @@ async def test_a_wrong_password_is_told_from_a_server_that_is_away(tmp_path: Pat
     finally:
         server.kill()
         await server.wait()
+
+
+async def test_a_restarted_broker_is_found_again_at_once(tmp_path: Path) -> None:
+    server = start_nats(tmp_path)
+    back = asyncio.Event()
+    try:
+        async with open_bus(BusSettings(url=server.url), name="x", on_reconnect=back.set) as bus:
+            server.process.kill()
+            server.process.wait()
+            async with asyncio.timeout(5):
+                while bus.is_connected:  # noqa: ASYNC110  the library tells nobody before it has closed the connection
+                    await asyncio.sleep(0.01)
+            with pytest.raises(BusUnavailable):
+                await bus.publish("x", b"")
+            server = start_nats(tmp_path, server.port)
+            is_back_s = time.perf_counter()
+            await asyncio.wait_for(back.wait(), 5)
+            assert time.perf_counter() - is_back_s < 0.5, "it tries ten times a second"
+            await bus.publish("x", b"")
+    finally:
+        server.stop()
+
+
+async def test_a_cut_connection_is_given_up_with_all_that_waits_in_it(nats_server: EmbeddedServer) -> None:
+    back = asyncio.Event()
+    async with (
+        cuttable(nats_server.port) as (port, cut),
+        open_bus(BusSettings(url=f"nats://127.0.0.1:{port}"), name="x", on_reconnect=back.set) as bus,
+    ):
+        bus._client.options["ping_interval"] = 0.05
+        cut.set()
+
+        async def fill() -> None:
+            with contextlib.suppress(BusUnavailable):
+                for _ in range(16):
+                    await bus.publish("x", bytes(4 * 1024 * 1024))
+
+        async with asyncio.TaskGroup() as group:
+            filling = group.create_task(fill())
+            await asyncio.wait_for(back.wait(), 10)
+            filling.cancel()
+        await bus.publish("x", b"")
+        await bus.flush()
+
+
+@contextlib.asynccontextmanager
+async def cuttable(to_port: int) -> AsyncIterator[tuple[int, asyncio.Event]]:
+    """A way to a server. Setting the event cuts the connections of that moment: they stay open and carry nothing."""
+    cut = asyncio.Event()
+    async with asyncio.TaskGroup() as group:
+        tasks: list[asyncio.Task[None]] = []
+
+        def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            tasks.append(group.create_task(carry(reader, writer, is_cut=cut if not tasks else None)))
+
+        async def carry(
+            reader: asyncio.StreamReader, writer: asyncio.StreamWriter, is_cut: asyncio.Event | None
+        ) -> None:
+            there, back = await asyncio.open_connection("127.0.0.1", to_port)
+            try:
+                await asyncio.gather(pump(reader, back, is_cut), pump(there, writer, is_cut))
+            finally:
+                writer.transport.abort()
+                back.transport.abort()
+
+        async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter, is_cut: asyncio.Event | None) -> None:
+            with contextlib.suppress(ConnectionError):
+                while data := await source.read(1 << 16):
+                    if is_cut is not None and is_cut.is_set():
+                        await asyncio.Event().wait()
+                    sink.write(data)
+                    await sink.drain()
+
+        server = await asyncio.start_server(accept, "127.0.0.1", 0)
+        try:
+            yield server.sockets[0].getsockname()[1], cut
+        finally:
+            server.close()
+            for task in tasks:
+                task.cancel()
