@@ -228,7 +228,7 @@ class NatsBus:
             raise BusUnavailable(f"cannot flush: {error!r}") from error
 
 
-class _Client(Client):  # type: ignore[misc]  the library has no types
+class _Client(Client):  # type: ignore[misc]  # the library has no types
     """Gives a dead connection up at once.
 
     The library itself waits until all that was written has gone out, which never happens when the cable is cut.
