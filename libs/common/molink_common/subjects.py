@@ -15,6 +15,7 @@ of; that is what NATS permissions can enforce. ``*`` forms are for those who lis
     molink.v1.worker.<w>.files            gateway → worker      request: FetchFile → FileChunk | Failed
     molink.v1.gateway.<g>.alive           gateway → scheduler   GatewayAlive
     molink.v1.gateway.<g>.failures        scheduler → gateway   SequenceFailed
+    molink.v1.gateway.<g>.streams         gateway → gateways    ResumeSequence: this stream is served here from now on
     molink.v1.pipeline.<p>.stage.<k>      stage k-1 → stage k   activation frames of class decode (see wire)
     molink.v1.pipeline.<p>.stage.<k>.bulk stage k-1 → stage k   pieces of frames of class bulk (see pieces)
     molink.v1.pipeline.<p>.stage.<k>.acks stage k → stage k-1   what has arrived
@@ -36,6 +37,7 @@ STATUS = f"{_ROOT}.scheduler.status"
 STATE = f"{_ROOT}.scheduler.state"
 ALL_HEARTBEATS = f"{_ROOT}.worker.*.heartbeat"
 ALL_GATEWAYS_ALIVE = f"{_ROOT}.gateway.*.alive"
+ALL_GATEWAY_STREAMS = f"{_ROOT}.gateway.*.streams"
 ALL_TOKENS = f"{_ROOT}.pipeline.*.tokens"
 BROKER_DISCONNECTS = f"{_ROOT}.broker.disconnects"
 
@@ -68,6 +70,11 @@ def gateway_alive(gateway: str) -> str:
 def gateway_failures(gateway: str) -> str:
     """Where a gateway hears that one of its sequences cannot be finished."""
     return f"{_ROOT}.gateway.{gateway}.failures"
+
+
+def gateway_streams(gateway: str) -> str:
+    """Where a gateway says that it has taken a stream up: whoever served it before ends its answer."""
+    return f"{_ROOT}.gateway.{gateway}.streams"
 
 
 def stage(pipeline: int, index: int) -> str:

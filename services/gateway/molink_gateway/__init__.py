@@ -13,9 +13,18 @@
 - ``model_files``      fetching the tokenizer's files from a worker
 - ``cluster``          the scheduler's state, and the model that follows it
 - ``preparation``      from a request to prompts, options and the reply's shape
+- ``stream_place``     where in a stream a client is: event ids (pure)
+- ``resume_state``     what another gateway needs to go on with a stream (pure)
+- ``resumption``       from what was kept of a stream to an answer that goes on
+- ``opening``          how an answer begins: a new one, or one taken up
 - ``inbox``            putting one sequence's tokens in order (pure)
+- ``questions``        when to ask for tokens that may have been lost (pure)
 - ``mailbox``          where a request's tokens wait, and for how long
-- ``sequences``        the life of sequences: submit, tokens, failure, cancel
+- ``epoch_fence``      which tokens are of a pipeline's present life (pure)
+- ``scheduler_link``   what is said to the scheduler
+- ``mending``          asking the scheduler for tokens that were lost
+- ``sequences``        the life of sequences: submit, tokens, failure, cancel, take up
+- ``run``              the choices of a request growing
 - ``request_body``     reading a body within its limits
 - ``exchange``         one HTTP answer: stream or whole, and a client that hangs up
 - ``access_log``       request ids, one log line a request, the last net for errors

@@ -12,14 +12,13 @@ from starlette.exceptions import HTTPException
 
 from molink_common import PROTOCOL_VERSION, __version__, messages
 from molink_common.telemetry import Telemetry
-from molink_gateway.access_log import RequestRecord
 from molink_gateway.api_errors import ApiError, bad_request, unavailable, unknown_model
 from molink_gateway.cluster import Cluster, ServedModel
-from molink_gateway.exchange import Door, Exchange, Prepare
-from molink_gateway.preparation import Prepared, prepare_chat, prepare_completion
-from molink_gateway.requests import parse_chat, parse_completion
+from molink_gateway.exchange import Door, Exchange, Limits
+from molink_gateway.opening import Open, Openings
 from molink_gateway.sequences import Sequences
 from molink_gateway.settings import GatewaySettings
+from molink_gateway.stream_place import check_stream_id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,41 +81,32 @@ def _add_error_shapes(app: FastAPI) -> None:
 
 
 def _add_generation(app: FastAPI, parts: Parts) -> None:
-    async def chat(body: bytes, record: RequestRecord, trace: str | None) -> Prepared:
-        request = parse_chat(body)
-        model = _model(request.model, record)
-        return await prepare_chat(request, model, request_id=record.request_id, gateway=parts.gateway, trace=trace)
+    settings = parts.settings
+    openings = Openings(
+        parts.cluster, parts.sequences, gateway=parts.gateway, are_all_resumable=settings.resumable_streams
+    )
+    limits = Limits(
+        body_bytes=settings.max_body_bytes,
+        body_timeout_s=settings.body_timeout_s,
+        send_timeout_s=settings.stall_timeout_s,
+        sign_of_life_s=settings.sign_of_life_s,
+    )
 
-    async def completion(body: bytes, record: RequestRecord, trace: str | None) -> Prepared:
-        request = parse_completion(body)
-        model = _model(request.model, record)
-        return await prepare_completion(
-            request, model, request_id=record.request_id, gateway=parts.gateway, trace=trace
-        )
-
-    def _model(name: str, record: RequestRecord) -> ServedModel:
-        model = parts.cluster.require_model(name)
-        record.model = model.card.name
-        return model
-
-    def exchange(prepare: Prepare) -> Exchange:
-        return Exchange(
-            prepare,
-            sequences=parts.sequences,
-            door=parts.door,
-            telemetry=parts.telemetry,
-            max_body_bytes=parts.settings.max_body_bytes,
-            body_timeout_s=parts.settings.body_timeout_s,
-            send_timeout_s=parts.settings.stall_timeout_s,
-        )
+    def exchange(opening: Open) -> Exchange:
+        return Exchange(opening, sequences=parts.sequences, door=parts.door, telemetry=parts.telemetry, limits=limits)
 
     @app.post("/v1/chat/completions")
     async def chat_completions() -> Response:
-        return exchange(chat)
+        return exchange(openings.chat)
 
     @app.post("/v1/completions")
     async def completions() -> Response:
-        return exchange(completion)
+        return exchange(openings.completion)
+
+    @app.get("/v1/streams/{sequence}")
+    async def stream(sequence: str) -> Response:
+        stream_id = check_stream_id(sequence)
+        return exchange(lambda asked: openings.stream(asked, stream_id))
 
 
 def _add_models(app: FastAPI, parts: Parts) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,8 +56,9 @@ def workers_to_ask(state: ClusterState) -> tuple[str, ...]:
 class Cluster:
     """The last `ClusterState` and the model loaded for it. `follow` keeps both up to date."""
 
-    def __init__(self, bus: Bus) -> None:
+    def __init__(self, bus: Bus, on_state: Callable[[ClusterState], None]) -> None:
         self._bus = bus
+        self._on_state = on_state
         self._heard_s: float | None = None
         self._changed = asyncio.Event()
         self._model: ServedModel | None = None
@@ -91,6 +93,7 @@ class Cluster:
         self.state = state
         self._heard_s = time.monotonic()
         self._changed.set()
+        self._on_state(state)
 
     def _wants_other_model(self) -> bool:
         if self.state is None or self.state.card is None:
@@ -146,9 +149,18 @@ class Cluster:
         Raises:
             ApiError: 404 for another name than the served model's, 503 while no model is known.
         """
+        model = self.require_any_model()
+        if name not in model.names:
+            raise unknown_model(name, model.names)
+        return model
+
+    def require_any_model(self) -> ServedModel:
+        """The served model.
+
+        Raises:
+            ApiError: 503 while none is known.
+        """
         problem = self._problem_of_model()
         if problem is not None or self._model is None:
             raise unavailable(f"No model can be asked yet: {problem}.")
-        if name not in self._model.names:
-            raise unknown_model(name, self._model.names)
         return self._model

@@ -1,4 +1,4 @@
-"""One HTTP answer: read, submit, stream or collect, and cancel when the client hangs up.
+"""One HTTP answer: read, open, stream or collect, and leave when the client hangs up.
 
 The body of a stream is written straight to ASGI: a token costs one small dictionary, one orjson call and one write.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import orjson
 from opentelemetry.trace import Span
@@ -18,23 +19,33 @@ from starlette.types import Receive, Scope, Send
 from molink_common.telemetry import Telemetry, traceparent
 from molink_gateway.access_log import RequestRecord, record_of, send_error, send_json
 from molink_gateway.api_errors import ApiError, busy
-from molink_gateway.choice import Delta
 from molink_gateway.mailbox import Mailbox
+from molink_gateway.opening import Asked, Open
 from molink_gateway.preparation import Prepared
-from molink_gateway.replies import DONE, WAITING, Answer, Chunk, server_sent_event, usage_of
+from molink_gateway.replies import DONE, WAITING, Answer, Chunk, server_sent_event
 from molink_gateway.request_body import ClientGone, raise_when_gone, read_body
+from molink_gateway.run import Run
 from molink_gateway.sequences import Sequences
+from molink_gateway.stream_place import Part
 
-SIGN_OF_LIFE_S = 10.0
-"""A stream without a token for this long sends its headers and a comment, so that nothing on the way times out."""
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
 
-Prepare = Callable[[bytes, RequestRecord, str | None], Awaitable[Prepared]]
-"""Body, record and trace context to a prepared request."""
+_STREAM_ID = b"x-molink-stream"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How much and how long an exchange takes."""
+
+    body_bytes: int
+    body_timeout_s: float
+    send_timeout_s: float
+    sign_of_life_s: float
+    """A stream that says nothing for this long sends a comment, so that nothing on the way times out."""
 
 
 class Door:
@@ -65,38 +76,35 @@ class Exchange(Response):
 
     def __init__(  # a Response that has no content before it is called: its base is left unmade
         self,
-        prepare: Prepare,
+        opening: Open,
         *,
         sequences: Sequences,
         door: Door,
         telemetry: Telemetry,
-        max_body_bytes: int,
-        body_timeout_s: float,
-        send_timeout_s: float,
+        limits: Limits,
     ) -> None:
         self.background = None
-        self._prepare = prepare
+        self._open = opening
         self._sequences = sequences
         self._door = door
         self._telemetry = telemetry
-        self._max_body_bytes = max_body_bytes
-        self._body_timeout_s = body_timeout_s
-        self._send_timeout_s = send_timeout_s
+        self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer; an error that is known before the first byte becomes a status, later a chunk."""
-        record = record_of(scope)
+        record, headers, limits = record_of(scope), Headers(scope=scope), self._limits
         span = self._telemetry.start_request(
-            f"POST {scope['path']}",
-            parent=Headers(scope=scope).get("traceparent"),
+            f"{scope['method']} {scope['path']}",
+            parent=headers.get("traceparent"),
             attributes={"molink.request": record.request_id},
         )
         try:
             with self._door.enter():
-                body = await read_body(scope, receive, limit_bytes=self._max_body_bytes, timeout_s=self._body_timeout_s)
+                body = await read_body(scope, receive, limit_bytes=limits.body_bytes, timeout_s=limits.body_timeout_s)
+                asked = Asked(body=body, headers=headers, record=record, trace=traceparent(span))
                 async with asyncio.TaskGroup() as group:
                     watch = group.create_task(raise_when_gone(receive))
-                    await self._answer(body, record, span, send)
+                    await self._answer(asked, send)
                     watch.cancel()
         except* ClientGone as gone:
             record.problem = str(gone.exceptions[0])
@@ -107,110 +115,91 @@ class Exchange(Response):
         finally:
             _finish_span(span, record)
 
-    async def _answer(self, body: bytes, record: RequestRecord, span: Span | None, send: Send) -> None:
-        prepared = await self._prepare(body, record, traceparent(span))
-        record.prompt_tokens = prepared.num_prompt_tokens
-        record.completion_tokens = 0
-        async with self._sequences.open(prepared.submission) as mailbox:
-            run = Run(prepared, mailbox, self._sequences, record)
+    async def _answer(self, asked: Asked, send: Send) -> None:
+        async with self._open(asked) as (prepared, mailbox):
+            asked.record.prompt_tokens = prepared.num_prompt_tokens
+            asked.record.completion_tokens = 0
+            run = Run(prepared, mailbox, self._sequences, asked.record)
             if prepared.is_stream:
-                await self._stream(run, prepared, record, send)
+                await self._stream(run, prepared, mailbox, asked.record, send)
             else:
                 await self._collect(run, prepared, send)
 
     async def _collect(self, run: Run, prepared: Prepared, send: Send) -> None:
         answers = [Answer() for _ in prepared.choices]
         while run.is_going_on:
-            for choice, delta in await run.grow():
+            for choice, delta in await run.grow(self._limits.sign_of_life_s):
                 answers[choice].add(delta)
         await send_json(send, 200, orjson.dumps(prepared.reply.whole(answers, run.usage())))
 
-    async def _stream(self, run: Run, prepared: Prepared, record: RequestRecord, send: Send) -> None:
-        reply = prepared.reply
-        has_begun = False
-
-        async def write(data: bytes, *, is_last: bool = False) -> None:
-            nonlocal has_begun
-            try:
-                async with asyncio.timeout(self._send_timeout_s):
-                    if not has_begun:
-                        has_begun = True
-                        await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
-                    await send({"type": "http.response.body", "body": data, "more_body": not is_last})
-            except TimeoutError as error:
-                raise ClientGone(f"the client read nothing for {self._send_timeout_s:g} s") from error
+    async def _stream(self, run: Run, prepared: Prepared, mailbox: Mailbox, record: RequestRecord, send: Send) -> None:
+        body = StreamBody(send, self._limits.send_timeout_s, stream=prepared.stream if prepared.is_resumable else None)
+        reply, told = prepared.reply, prepared.told
+        loop = asyncio.get_running_loop()
 
         def events(chunks: list[Chunk]) -> bytes:
+            data = b""
             for chunk in chunks:
                 if prepared.has_usage:
                     chunk["usage"] = run.usage() if prepared.has_continuous_usage else None
-            return b"".join(map(server_sent_event, chunks))
+                is_end = chunk["choices"][0]["finish_reason"] is not None
+                data += server_sent_event(chunk, run.place(Part.END if is_end else Part.TEXT))
+            return data
 
-        data = events([chunk for choice in range(len(prepared.choices)) for chunk in reply.opening(choice)])
+        data = b""
+        if told is None:
+            data = events([chunk for choice in range(len(prepared.choices)) for chunk in reply.opening(choice)])
+        if prepared.is_resumable:  # the client can come back as soon as it knows the stream's id
+            mailbox.outlives_client = True
+            await body.write(data)
+            data = b""
         try:
             while run.is_going_on:
-                deltas = await run.grow()
-                for choice, delta in deltas:
+                silent_s = loop.time() - body.written_s
+                size_before = len(data)
+                for choice, delta in await run.grow(max(self._limits.sign_of_life_s - silent_s, 0)):
                     data += events(reply.chunks(choice, delta))
-                if not deltas:
+                if len(data) == size_before and loop.time() - body.written_s >= self._limits.sign_of_life_s:
                     data += WAITING
                 if data and run.is_going_on:
-                    await write(data)
+                    await body.write(data)
                     data = b""
         except ApiError as error:
-            if not has_begun:
+            if not body.has_begun:
                 raise
             record.problem = error.message
-            await write(server_sent_event(error.body()) + DONE, is_last=True)
+            await body.write(data + server_sent_event(error.body()) + (b"" if mailbox.runs_on else DONE), is_last=True)
             return
-        if prepared.has_usage:
-            data += server_sent_event({**reply.last(), "usage": run.usage()})
-        await write(data + DONE, is_last=True)
+        if prepared.has_usage and (told is None or told.part is not Part.USAGE):
+            data += server_sent_event({**reply.last(), "usage": run.usage()}, run.place(Part.USAGE))
+        await body.write(data + DONE, is_last=True)
 
 
-class Run:
-    """The choices of a request growing from its mailbox."""
+class StreamBody:
+    """Writes a stream, whose headers go with its first bytes."""
 
-    def __init__(self, prepared: Prepared, mailbox: Mailbox, sequences: Sequences, record: RequestRecord) -> None:
-        self._prepared = prepared
-        self._mailbox = mailbox
-        self._sequences = sequences
-        self._record = record
-        self._num_going_on = len(prepared.choices)
-        self._num_tokens = 0
+    def __init__(self, send: Send, timeout_s: float, *, stream: str | None) -> None:
+        self._send = send
+        self._timeout_s = timeout_s
+        self._headers = _STREAM_HEADERS if stream is None else [*_STREAM_HEADERS, (_STREAM_ID, stream.encode())]
+        self.has_begun = False
+        self.written_s = asyncio.get_running_loop().time()
 
-    @property
-    def is_going_on(self) -> bool:
-        """Whether a choice has not ended."""
-        return self._num_going_on > 0
-
-    def usage(self) -> Chunk:
-        """Token counts so far."""
-        return usage_of(self._prepared.num_prompt_tokens, self._num_tokens)
-
-    async def grow(self) -> list[tuple[int, Delta]]:
-        """What the choices grew by; empty when nothing came for `SIGN_OF_LIFE_S`.
+    async def write(self, data: bytes, *, is_last: bool = False) -> None:
+        """Send.
 
         Raises:
-            ApiError: the request cannot be answered to its end.
+            ClientGone: the client does not read.
         """
-        deltas: dict[int, Delta] = {}
-        for choice, event in await self._mailbox.take(SIGN_OF_LIFE_S):
-            growing = self._prepared.choices[choice]
-            if growing.finish is not None:
-                continue
-            self._record.saw_token()
-            self._num_tokens += 1
-            delta = growing.feed(event)
-            known = deltas.get(choice)
-            deltas[choice] = delta if known is None else known.joined(delta)
-            if growing.finish is not None:
-                self._num_going_on -= 1
-                if growing.is_cut_short:
-                    sequence = self._prepared.submission.ids[choice]
-                    await self._sequences.cancel(sequence, "a stop string was met")
-        self._record.completion_tokens = self._num_tokens
-        return list(deltas.items())
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                if not self.has_begun:
+                    self.has_begun = True
+                    await self._send({"type": "http.response.start", "status": 200, "headers": self._headers})
+                await self._send({"type": "http.response.body", "body": data, "more_body": not is_last})
+        except TimeoutError as error:
+            raise ClientGone(f"the client read nothing for {self._timeout_s:g} s") from error
+        self.written_s = asyncio.get_running_loop().time()
 
 
 def _finish_span(span: Span | None, record: RequestRecord) -> None:

@@ -13,7 +13,8 @@ class Inbox:
     """The order of one sequence."""
 
     def __init__(self) -> None:
-        self._next_index = 0
+        self.next_index = 0
+        """Of the token whose turn it is."""
         self._early: dict[int, TokenEvent] = {}
         self.num_repeated = 0
 
@@ -24,15 +25,15 @@ class Inbox:
 
     def accept(self, event: TokenEvent) -> list[TokenEvent]:
         """Take a token; gives those whose turn it is now, in order."""
-        if event.index != self._next_index:
-            if event.index < self._next_index or event.index in self._early:
+        if event.index != self.next_index:
+            if event.index < self.next_index or event.index in self._early:
                 self.num_repeated += 1
             else:
                 self._early[event.index] = event
             return []
         ready = [event]
-        self._next_index += 1
-        while self._early and (following := self._early.pop(self._next_index, None)) is not None:
+        self.next_index += 1
+        while self._early and (following := self._early.pop(self.next_index, None)) is not None:
             ready.append(following)
-            self._next_index += 1
+            self.next_index += 1
         return ready

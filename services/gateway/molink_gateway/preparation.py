@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from molink_common.identity import new_sequence_id
+from molink_common.identity import SequenceId, new_sequence_id
 from molink_common.messages import SubmitSequence
 from molink_common.sampling import SamplingOptions
 from molink_gateway.api_errors import bad_request, too_long
@@ -18,12 +18,27 @@ from molink_gateway.options import COMPLETION_TOKENS, check_vocabulary, sampling
 from molink_gateway.replies import ChatReply, CompletionReply, Reply, ReplyHead
 from molink_gateway.request_fields import MAX_PROMPTS
 from molink_gateway.requests import ChatRequest, CompletionRequest, GenerationFields
+from molink_gateway.resume_state import ResumeState, StreamKind
 from molink_gateway.sequences import Submission
 from molink_gateway.stop_strings import StopStrings
+from molink_gateway.stream_place import Place
 from molink_gateway.tokenizer import Tokenizer
 
 _LONG_TEXT_CHARACTERS = 8192
 """Longer texts are tokenized in a thread, so that other streams go on meanwhile."""
+
+Order = tuple[list[int], SamplingOptions]
+"""A prompt's tokens and how to go on from them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Where a request comes from."""
+
+    request_id: str
+    gateway: str
+    trace: str | None
+    wants_resuming: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,11 +52,21 @@ class Prepared:
     is_stream: bool
     has_usage: bool
     has_continuous_usage: bool
+    told: Place | None = None
+    """What the client has already of a stream that is taken up again."""
+
+    @property
+    def stream(self) -> SequenceId | None:
+        """The sequence whose places are the stream's; None: there are several."""
+        return self.submission.ids[0] if len(self.choices) == 1 else None
+
+    @property
+    def is_resumable(self) -> bool:
+        """Whether a client that was cut off can have the rest."""
+        return self.submission.sequences[0].resume_state is not None
 
 
-async def prepare_chat(
-    request: ChatRequest, model: ServedModel, *, request_id: str, gateway: str, trace: str | None
-) -> Prepared:
+async def prepare_chat(request: ChatRequest, model: ServedModel, origin: Origin) -> Prepared:
     """Render and tokenize a chat.
 
     Raises:
@@ -50,13 +75,14 @@ async def prepare_chat(
     text = model.tokenizer.render(request.turns())
     prompt = await _encode(model, text, add_special_tokens=False, field="messages")
     options = _options(request, model, prompt, default_tokens=None, prompt_field="messages")
-    reply = ChatReply(_head("chatcmpl-", request, model), told_prompt=prompt if request.return_token_ids else None)
-    return _prepared(request, model, [(prompt, one) for one in options], reply, len(prompt), request_id, gateway, trace)
+    head = _head("chatcmpl-", request, model)
+    reply = ChatReply(head, told_prompt=prompt if request.return_token_ids else None)
+    orders = [(prompt, one) for one in options]
+    state = _state(StreamKind.CHAT, head, request, origin, orders)
+    return _prepared(request, model, orders, reply, len(prompt), origin, state)
 
 
-async def prepare_completion(
-    request: CompletionRequest, model: ServedModel, *, request_id: str, gateway: str, trace: str | None
-) -> Prepared:
+async def prepare_completion(request: CompletionRequest, model: ServedModel, origin: Origin) -> Prepared:
     """Tokenize the prompts of a completion.
 
     Raises:
@@ -68,7 +94,7 @@ async def prepare_completion(
             f"at most {MAX_PROMPTS} answers.",
             param="prompt",
         )
-    orders: list[tuple[list[int], SamplingOptions]] = []
+    orders: list[Order] = []
     echoes: list[str] = []
     num_prompt_tokens = 0
     for given in request.prompt:
@@ -85,8 +111,10 @@ async def prepare_completion(
         echoes += [echo] * len(options)
         num_prompt_tokens += len(prompt)
     told_prompts = [prompt for prompt, _ in orders] if request.return_token_ids else None
-    reply = CompletionReply(_head("cmpl-", request, model), echoes, told_prompts=told_prompts)
-    return _prepared(request, model, orders, reply, num_prompt_tokens, request_id, gateway, trace)
+    head = _head("cmpl-", request, model)
+    reply = CompletionReply(head, echoes, told_prompts=told_prompts)
+    state = _state(StreamKind.COMPLETION, head, request, origin, orders, echo=echoes[0])
+    return _prepared(request, model, orders, reply, num_prompt_tokens, origin, state)
 
 
 async def _encode(model: ServedModel, text: str, *, add_special_tokens: bool, field: str) -> list[int]:
@@ -118,51 +146,82 @@ def _head(prefix: str, request: GenerationFields, model: ServedModel) -> ReplyHe
         id=prefix + secrets.token_hex(12),
         created=int(time.time()),
         model=request.model,
-        fingerprint="fp_" + model.card.fingerprint[:16],
+        fingerprint=fingerprint_of(model),
+    )
+
+
+def _state(
+    kind: StreamKind,
+    head: ReplyHead,
+    request: GenerationFields,
+    origin: Origin,
+    orders: Sequence[Order],
+    *,
+    echo: str = "",
+) -> ResumeState | None:
+    """None for what cannot be taken up again: the scheduler keeps tokens, not their log probabilities."""
+    if not (origin.wants_resuming and request.stream and len(orders) == 1 and request.likeliest is None):
+        return None
+    return ResumeState(
+        kind=kind,
+        id=head.id,
+        created=head.created,
+        model=head.model,
+        fingerprint=head.fingerprint,
+        stop=tuple(request.stop),
+        echo=echo,
+        has_usage=request.wants_usage,
+        has_continuous_usage=request.wants_continuous_usage,
+        tells_tokens=bool(request.return_token_ids),
+    )
+
+
+def make_choice(model: ServedModel, prompt: Sequence[int], stop: Sequence[str], options: SamplingOptions) -> Choice:
+    """An answer that has not begun."""
+    return Choice(
+        model.tokenizer.detokenizer(prompt[-16:]),
+        StopStrings(stop),
+        text_of=model.tokenizer.text_of,
+        eos_token_ids=frozenset(model.card.eos_token_ids),
+        has_logprobs=options.top_logprobs is not None,
     )
 
 
 def _prepared(
     request: GenerationFields,
     model: ServedModel,
-    orders: Sequence[tuple[list[int], SamplingOptions]],
+    orders: Sequence[Order],
     reply: Reply,
     num_prompt_tokens: int,
-    request_id: str,
-    gateway: str,
-    trace: str | None,
+    origin: Origin,
+    state: ResumeState | None,
 ) -> Prepared:
     submission = Submission(
         sequences=tuple(
             SubmitSequence(
                 sequence=new_sequence_id(),
-                gateway=gateway,
-                request=request_id,
+                gateway=origin.gateway,
+                request=origin.request_id,
                 model=model.card.name,
                 prompt=tuple(prompt),
                 options=options,
-                trace=trace,
+                trace=origin.trace,
+                resume_state=None if state is None else state.encode(),
             )
             for prompt, options in orders
         )
     )
-    eos_token_ids = frozenset(model.card.eos_token_ids)
-    choices = tuple(
-        Choice(
-            model.tokenizer.detokenizer(prompt[-16:]),
-            StopStrings(request.stop),
-            text_of=model.tokenizer.text_of,
-            eos_token_ids=eos_token_ids,
-            has_logprobs=options.top_logprobs is not None,
-        )
-        for prompt, options in orders
-    )
     return Prepared(
         submission=submission,
-        choices=choices,
+        choices=tuple(make_choice(model, prompt, request.stop, options) for prompt, options in orders),
         reply=reply,
         num_prompt_tokens=num_prompt_tokens,
         is_stream=bool(request.stream),
         has_usage=request.wants_usage,
         has_continuous_usage=request.wants_continuous_usage,
     )
+
+
+def fingerprint_of(model: ServedModel) -> str:
+    """As answers show it."""
+    return "fp_" + model.card.fingerprint[:16]

@@ -15,8 +15,9 @@ from molink_gateway.tokenizer import TokenText
 Chunk = dict[str, Any]
 
 DONE = b"data: [DONE]\n\n"
-WAITING = b": waiting\n\n"
-"""A comment: keeps the connections on the way open, and no client shows it."""
+WAITING = b": waiting\n"
+"""A comment: keeps the connections on the way open, and no client shows it. Without an empty line, which ends an
+event: openai's parser takes it for an event without data once it has read an `id`, and fails."""
 
 
 @dataclass(slots=True)
@@ -45,9 +46,10 @@ def usage_of(num_prompt_tokens: int, num_completion_tokens: int) -> Chunk:
     }
 
 
-def server_sent_event(chunk: Chunk) -> bytes:
-    """One event of a stream."""
-    return b"data: " + orjson.dumps(chunk) + b"\n\n"
+def server_sent_event(chunk: Chunk, event_id: str | None = None) -> bytes:
+    """One event of a stream; its id comes back as `Last-Event-ID`."""
+    head = b"" if event_id is None else b"id: " + event_id.encode() + b"\n"
+    return head + b"data: " + orjson.dumps(chunk) + b"\n\n"
 
 
 class Reply(Protocol):

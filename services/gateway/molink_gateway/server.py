@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import uvicorn
 
@@ -27,6 +27,23 @@ log = get_logger("gateway")
 
 KEEP_ALIVE_S = 65
 """Longer than the minute after which proxies and clients give an idle connection up by themselves."""
+
+
+_STOPPING = (
+    "The gateway is stopping. Send the request again, or, if its answer had the header `X-MoLink-Stream`, take the "
+    "stream up with `Last-Event-ID`."
+)
+
+
+class Missed:
+    """Whom to tell that messages may have been lost: the bus is opened before there is anybody."""
+
+    def __init__(self) -> None:
+        self.ask: Callable[[], None] = lambda: None
+
+    def tell(self) -> None:
+        """The connection was away, or NATS dropped messages."""
+        self.ask()
 
 
 class _Server(uvicorn.Server):  # type: ignore[misc]
@@ -51,17 +68,22 @@ async def serve(settings: GatewaySettings, stop: asyncio.Event, opened: socket.s
             service="gateway", instance=gateway, endpoint=settings.otlp_endpoint, trace_share=settings.trace_share
         )
         try:
-            async with open_bus(settings.bus_settings(), name=gateway) as bus:
+            missed = Missed()
+            async with open_bus(
+                settings.bus_settings(), name=gateway, on_reconnect=missed.tell, on_fault=lambda _: missed.tell()
+            ) as bus:
                 patience = Patience(
                     queue_timeout_s=settings.queue_timeout_s,
                     stall_timeout_s=settings.stall_timeout_s,
                     gap_timeout_s=settings.gap_timeout_s,
                 )
+                sequences = Sequences(bus, gateway=gateway, patience=patience)
+                missed.ask = sequences.may_have_missed
                 parts = Parts(
                     settings=settings,
                     gateway=gateway,
-                    cluster=Cluster(bus),
-                    sequences=Sequences(bus, gateway=gateway, patience=patience),
+                    cluster=Cluster(bus, sequences.hear_state),
+                    sequences=sequences,
                     telemetry=telemetry,
                     door=Door(settings.max_streams),
                 )
@@ -107,7 +129,7 @@ async def _run(parts: Parts, opened: socket.socket, port: int, stop: asyncio.Eve
         server.should_exit = True
         await asyncio.wait({serving}, timeout=settings.stop_grace_s)
         # whoever is still open reads a proper error instead of a cut connection
-        parts.sequences.fail_all(unavailable("The gateway is stopping. Send the request again."))
+        parts.sequences.interrupt_all(unavailable(_STOPPING, code="stopping"))
         await asyncio.wait({serving})
         for task in (*background, stopping):
             task.cancel()

@@ -23,3 +23,8 @@ class GatewaySettings(ServiceSettings):
     stall_timeout_s: Annotated[float, Field(gt=0, description="longest wait for a further token")] = 120.0
     gap_timeout_s: Annotated[float, Field(gt=0, description="longest wait for a token that was overtaken")] = 30.0
     stop_grace_s: Annotated[float, Field(ge=0, description="time that open requests get to finish at the end")] = 5.0
+    sign_of_life_s: Annotated[float, Field(gt=0, description="a stream silent for this long sends a comment")] = 10.0
+    resumable_streams: Annotated[
+        bool,
+        Field(description="every stream can be taken up again, as if each request asked; then it outlives its client"),
+    ] = False

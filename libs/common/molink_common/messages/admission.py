@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from molink_common.messages.codec import Message, PeerId, SequenceIdField, TokenIds
+from molink_common.messages.codec import Count, Message, PeerId, SequenceIdField, TokenIds
 from molink_common.sampling import SamplingOptions
 
 
@@ -92,6 +92,9 @@ class CancelSequence(Message):
     TYPE = "cancel_sequence"
     sequence: SequenceIdField
     reason: str
+    after_tokens: Count | None = None
+    """A stop string ends the answer with this many tokens. A sequence with `resume_state` is then kept as one that
+    has ended, once these tokens are in the books: its client may not have read the end."""
 
 
 class SequenceFailed(Message):
