@@ -3,33 +3,50 @@
 from __future__ import annotations
 
 from molink_common.messages import (
+    AssignStage,
     Dtype,
     FinishReason,
     HeadReport,
     Heartbeat,
     LayerRange,
     ModelCard,
+    Refused,
     StagePhase,
     StageReport,
+    StartSequence,
     StepTokens,
     SubmitSequence,
     TokenEvent,
 )
 from molink_common.sampling import SamplingOptions
-from molink_scheduler.events import Event, HeartbeatArrived, Restored, Tick
+from molink_scheduler.events import (
+    EpochTaken,
+    Event,
+    HeartbeatArrived,
+    Restored,
+    SequenceSaved,
+    SequenceSubmitted,
+    StartAnswered,
+    Tick,
+    TokensArrived,
+)
 from molink_scheduler.instructions import (
+    AssignStageTo,
     BroadcastState,
     Instruction,
     NoteLoss,
     PreloadStagesAt,
     ProbeWorker,
+    ReplyTo,
     SaveWorker,
 )
 from molink_scheduler.machine import Machine
-from molink_scheduler.records import Snapshot
+from molink_scheduler.records import PipelineRecord, SequenceRecord, Snapshot, StageRecord
 from molink_scheduler.settings import SchedulerSettings
 
 MIB = 2**20
+S1, S2 = "00000000000000a1", "00000000000000a2"
+HALVES = ((0, 2), (2, 4))
 
 
 def make_card(*, num_layers: int = 4, fingerprint: str = "f" * 16, context_length: int = 512) -> ModelCard:
@@ -114,6 +131,8 @@ def make_stage(
     phase: StagePhase = StagePhase.READY,
     *,
     oldest_step_age_s: float = 0,
+    pass_age_s: float = 0,
+    longest_pass_s: float = 0,
 ) -> StageReport:
     head = HeadReport(
         running=0, waiting=0, free_blocks=1, num_blocks=1, steps_under_way=0, oldest_step_age_s=oldest_step_age_s
@@ -126,6 +145,8 @@ def make_stage(
         last_layer=layers[1],
         phase=phase,
         problem="no memory" if phase is StagePhase.FAILED else None,
+        pass_age_s=pass_age_s,
+        longest_pass_s=longest_pass_s,
         head=head if index == 0 else None,
     )
 
@@ -161,3 +182,80 @@ class Driver:
             done += self.beat(*beats)
             done += self.do(Tick())
         return done
+
+
+def beats_of(epoch: int, *workers: str) -> tuple[Heartbeat, ...]:
+    return tuple(make_heartbeat(w, stage=make_stage(epoch, k, HALVES[k])) for k, w in enumerate(workers))
+
+
+def layout_of(epoch: int, *workers: str) -> PipelineRecord:
+    return PipelineRecord(
+        pipeline=1,
+        epoch=epoch,
+        card=make_card(),
+        dtype=Dtype.FLOAT32,
+        num_blocks=8192 if len(workers) == 2 else 4096,
+        block_size=16,
+        stages=tuple(
+            StageRecord(worker=w, first_layer=a, last_layer=b) for w, (a, b) in zip(workers, HALVES, strict=True)
+        ),
+    )
+
+
+def assign(epoch: int, worker: str, index: int, num_blocks: int) -> AssignStageTo:
+    stage = AssignStage(
+        pipeline=1,
+        epoch=epoch,
+        fingerprint="f" * 16,
+        index=index,
+        num_stages=2,
+        first_layer=HALVES[index][0],
+        last_layer=HALVES[index][1],
+        dtype=Dtype.FLOAT32,
+        num_blocks=num_blocks,
+        block_size=16,
+    )
+    return AssignStageTo(worker, stage)
+
+
+def start_of(sequence: str, epoch: int, generated: tuple[int, ...] = ()) -> StartSequence:
+    request = make_request(sequence)
+    return StartSequence(
+        pipeline=1, epoch=epoch, sequence=sequence, prompt=request.prompt, generated=generated, options=request.options
+    )
+
+
+def record_of(sequence: str, started_epoch: int | None = None) -> SequenceRecord:
+    return SequenceRecord(request=make_request(sequence), fingerprint="f" * 16, started_epoch=started_epoch)
+
+
+def ready_driver(*standbys: str) -> Driver:
+    """Two stages at work; these workers have come after them."""
+    driver = Driver()
+    driver.beat(make_heartbeat("w1"), make_heartbeat("w2"))
+    driver.do(EpochTaken(1))
+    driver.beat(*beats_of(1, "w1", "w2"), *(make_heartbeat(name) for name in standbys))
+    assert driver.machine.state(now_s=driver.now_s).ready
+    return driver
+
+
+def running_driver(*standbys: str) -> Driver:
+    """One sequence with one token, in epoch 1."""
+    driver = ready_driver(*standbys)
+    run_sequence(driver, make_request(S1))
+    return driver
+
+
+def run_sequence(driver: Driver, request: SubmitSequence) -> None:
+    """Have it at work, with the token 11."""
+    driver.do(SequenceSubmitted(request, 7))
+    driver.do(SequenceSaved(request.sequence))
+    driver.do(StartAnswered(request.sequence, 1))
+    driver.do(TokensArrived(make_step(1, (request.sequence, 0, 11, None))))
+
+
+def refusal(done: list[Instruction]) -> Refused:
+    """What a submission was answered."""
+    assert len(done) == 1 and isinstance(done[0], ReplyTo)
+    assert isinstance(done[0].message, Refused)
+    return done[0].message

@@ -1,0 +1,118 @@
+"""Streams that another gateway takes up."""
+
+from __future__ import annotations
+
+from molink_common.messages import Failed, FinishReason, Resumed, ResumeSequence, SubmitSequence
+from molink_scheduler.events import CancelAsked, ResumeAsked, StartAnswered, StoreEmptied, TokensArrived
+from molink_scheduler.instructions import (
+    AppendTokens,
+    DeleteSequence,
+    Instruction,
+    ReplyTo,
+    SaveSequence,
+    StartSequenceAt,
+    StopSequenceAt,
+)
+from molink_scheduler.records import SequenceRecord, Snapshot, StoredSequence
+from molink_scheduler.resumption import MOST_KEPT
+from tests.scheduler_builders import S1, S2, Driver, beats_of, make_request, make_step, ready_driver, run_sequence
+
+BEATS = beats_of(1, "w1", "w2")
+
+
+def request_of(sequence: str, gateway: str = "g1") -> SubmitSequence:
+    return make_request(sequence, gateway=gateway).model_copy(update={"resume_state": "{}"})
+
+
+def running() -> Driver:
+    driver = ready_driver()
+    run_sequence(driver, request_of(S1))
+    return driver
+
+
+def ask(driver: Driver, sequence: str = S1, gateway: str = "g2") -> list[Instruction]:
+    return driver.do(ResumeAsked(ResumeSequence(sequence=sequence, gateway=gateway), 9))
+
+
+def record_of(sequence: str, gateway: str = "g1", finish: FinishReason | None = None) -> SequenceRecord:
+    return SequenceRecord(request=request_of(sequence, gateway), fingerprint="f" * 16, started_epoch=1, finish=finish)
+
+
+def finish(driver: Driver, sequence: str = S1) -> list[Instruction]:
+    return driver.do(TokensArrived(make_step(1, (sequence, 1, 12, FinishReason.STOP))))
+
+
+def test_a_running_stream_is_handed_over_and_is_the_new_gateway_s() -> None:
+    driver = running()
+    assert ask(driver) == [
+        SaveSequence(record_of(S1, "g2")),
+        ReplyTo(9, Resumed(request=request_of(S1, "g2"), generated=(11,))),
+    ]
+    assert driver.machine.books.sequences[S1].gateway == "g2"
+
+
+def test_it_runs_on_when_its_gateway_is_silent_and_is_kept_with_its_last_token() -> None:
+    driver = running()
+    assert [one for one in driver.wait(12, beats=BEATS) if isinstance(one, (StopSequenceAt, DeleteSequence))] == []
+    assert finish(driver) == [AppendTokens(S1, 1, (12,)), SaveSequence(record_of(S1, finish=FinishReason.STOP))]
+    resumed = Resumed(request=request_of(S1), generated=(11, 12), finish="stop")
+    assert ask(driver) == [ReplyTo(9, resumed)]
+    assert driver.wait(59, beats=BEATS) == []
+    assert ask(driver) == [ReplyTo(9, resumed)]
+    assert driver.wait(1.5, beats=BEATS) == [DeleteSequence(S1)]
+    assert isinstance(ask(driver)[0].message, Failed)  # type: ignore[union-attr]
+
+
+def test_others_are_not_kept_and_not_handed_over() -> None:
+    driver = ready_driver()
+    run_sequence(driver, make_request(S1))
+    assert isinstance(ask(driver)[0].message, Failed)  # type: ignore[union-attr]
+    assert finish(driver) == [DeleteSequence(S1)]
+    assert isinstance(ask(driver)[0].message, Failed)  # type: ignore[union-attr]
+
+
+def test_an_ended_one_survives_restarts_and_an_empty_store() -> None:
+    ended = record_of(S1, finish=FinishReason.LENGTH)
+    driver = Driver(snapshot=Snapshot(sequences=(StoredSequence(record=ended, tokens=(11, 12)),)))
+    assert driver.machine.books.sequences == {}
+    assert ask(driver) == [ReplyTo(9, Resumed(request=request_of(S1), generated=(11, 12), finish="length"))]
+    assert driver.do(StoreEmptied()) == [SaveSequence(ended), AppendTokens(S1, 0, (11, 12))]
+
+
+def test_a_cancel_ends_it_running_or_kept() -> None:
+    driver = running()
+    finish(driver)
+    assert driver.do(CancelAsked(S1, "no more use")) == [DeleteSequence(S1)]
+    run_sequence(driver, request_of(S2))
+    assert driver.do(CancelAsked(S2, "no more use"))[-1] == DeleteSequence(S2)
+
+
+def test_as_many_are_kept_as_there_is_room_for() -> None:
+    driver = ready_driver()
+    names = [f"{number:016x}" for number in range(MOST_KEPT + 2)]
+    for name in names:
+        run_sequence(driver, request_of(name))
+        finish(driver, name)
+    assert len(driver.machine.books.ended) == MOST_KEPT
+    assert [one.sequence for one in driver.all if isinstance(one, DeleteSequence)] == names[:2]
+
+
+def test_tokens_that_were_missed_are_made_again_before_it_counts_as_ended() -> None:
+    driver = running()
+    driver.do(TokensArrived(make_step(1, (S1, 2, 13, None))))
+    done = driver.do(TokensArrived(make_step(1, (S1, 3, 14, FinishReason.STOP))))
+    assert [type(one) for one in done] == [StartSequenceAt]
+    assert driver.machine.books.ended == {}
+    driver.do(StartAnswered(S1, 1))
+    for index, token in enumerate((12, 13), start=1):
+        driver.do(TokensArrived(make_step(1, (S1, index, token, None))))
+    driver.do(TokensArrived(make_step(1, (S1, 3, 14, FinishReason.STOP))))
+    assert driver.machine.books.ended[S1].generated == (11, 12, 13, 14)
+
+
+def test_a_gateway_that_takes_up_a_stream_with_a_hole_gets_what_was_missed() -> None:
+    driver = running()
+    driver.do(TokensArrived(make_step(1, (S1, 2, 13, None))))
+    done = ask(driver)
+    assert [type(one) for one in done] == [SaveSequence, ReplyTo, StopSequenceAt, StartSequenceAt]
+    assert isinstance(done[-1], StartSequenceAt) and done[-1].start.generated == (11,)
