@@ -90,7 +90,8 @@ class Preloader:
 
     def go_on(self) -> None:
         """Something has changed: there may be work that was impossible before."""
-        if self._task is None or self._task.done():
+        is_working = self._task is not None and not self._task.done()
+        if not is_working and self._next() is not None:
             self._task = self._tasks.create_task(self._work())
 
     def yield_to(self, weights: Weights) -> None:

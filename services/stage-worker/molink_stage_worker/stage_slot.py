@@ -93,7 +93,7 @@ class StageSlot:
             loader=self._loader,
             threads=settings.threads,
             tasks=tasks,
-            may_load=lambda: self._assignment is None or self._phase is not StagePhase.LOADING,
+            may_load=self._may_preload,
             on_change=on_change,
         )
         self._assignment: AssignStage | None = None
@@ -159,7 +159,6 @@ class StageSlot:
             self._shelf.hold(None)
             self.released.set()
             self._on_change()
-            self._preloader.go_on()
 
     def preload(self, order: PreloadStages, checkpoints: Checkpoints) -> None:
         """Have other stages' weights at hand. Returns at once."""
@@ -210,7 +209,16 @@ class StageSlot:
         if task is not None:
             task.cancel()
             self._ending.add(task)
-            task.add_done_callback(self._ending.discard)
+            task.add_done_callback(self._has_ended)
+
+    def _has_ended(self, task: asyncio.Task[None]) -> None:
+        self._ending.discard(task)
+        self._on_change()  # its engine may be on the shelf now
+        self._preloader.go_on()
+
+    def _may_preload(self) -> bool:
+        """Not beside a stage that is loading, nor before it is clear which engines a former stage leaves."""
+        return not self._ending and (self._assignment is None or self._phase is not StagePhase.LOADING)
 
     def _enter_epoch(self, assignment: AssignStage, *, progress: float) -> None:
         self._assignment = assignment
