@@ -107,6 +107,11 @@ class TimedEngine:
     def reset(self, *, num_blocks: int, block_size: int) -> None:
         """No keys and values are kept."""
 
+    @property
+    def can_rewind(self) -> bool:
+        """Whatever opens anywhere: nothing depends on what was before."""
+        return True
+
     def run(
         self,
         entries: Sequence[Entry],

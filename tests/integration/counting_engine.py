@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from molink_common.errors import ModelError, ProtocolError
@@ -21,16 +23,22 @@ BLOCK = 4
 
 
 class CountingEngine:
-    """A token's hidden state is (token, number of layers passed, position, 0).
+    """A token's hidden state is (token, number of layers passed, position, sequence's number mod 2¹⁶).
 
-    The tail's favourite after a token at a position is (sum of the sequence's tokens up to there) mod V: a step
-    that is lost, doubled or out of order anywhere changes every token after it.
+    Of each position the KV block holds (token, position, sequence). The tail's favourite after a token at a position is
+    (sum of the sequence's tokens up to there) mod V, read out of the blocks: a step that is lost, doubled or out of
+    order anywhere, and a block that another has written to or nobody has filled, changes every token after it.
     """
 
-    def __init__(self, spec: StageSpec) -> None:
+    def __init__(self, spec: StageSpec, *, can_rewind: bool = True) -> None:
         self.spec = spec
-        self.known: dict[int, list[int]] = {}
+        self.can_rewind = can_rewind
+        self.known: dict[int, int] = {}
+        """By sequence, how many tokens are in its blocks."""
         self.tables: dict[int, list[int]] = {}
+        self.memory = np.full((spec.num_blocks * BLOCK, 3), -1, np.int64)
+        self.computed: Counter[int] = Counter()
+        """Tokens, by sequence."""
         self.fail_with: Exception | None = None
 
     @property
@@ -42,9 +50,9 @@ class CountingEngine:
         return 1
 
     def reset(self, *, num_blocks: int, block_size: int) -> None:
-        assert num_blocks > 0
         assert block_size == BLOCK
         self.known, self.tables = {}, {}
+        self.memory = np.full((num_blocks * BLOCK, 3), -1, np.int64)
 
     def run(
         self,
@@ -60,36 +68,46 @@ class CountingEngine:
             self.known.pop(sequence, None)
             self.tables.pop(sequence, None)
         total = sum(entry.count for entry in entries)
-        hidden_TH = torch.zeros(total, HIDDEN)
+        hidden_TH = np.zeros((total, HIDDEN), np.float32)
         if token_ids is not None:
             assert self.spec.is_head
-            hidden_TH[:, 0] = torch.tensor(token_ids)
+            hidden_TH[:, 0] = token_ids
+            hidden_TH[:, 2] = [entry.start + at for entry in entries for at in range(entry.count)]
+            hidden_TH[:, 3] = [entry.sequence % 2**16 for entry in entries for _ in range(entry.count)]
         elif total:
             assert hidden is not None
-            hidden_TH = torch.frombuffer(bytearray(hidden), dtype=torch.float32).reshape(total, HIDDEN)
+            hidden_TH = np.frombuffer(hidden, np.float32).reshape(total, HIDDEN).copy()
         hidden_TH[:, 1] += self.spec.last_layer - self.spec.first_layer
         logits: list[torch.Tensor] = []
-        at = 0
+        row = 0
         for entry in entries:
-            if entry.opens:
-                self.known[entry.sequence], self.tables[entry.sequence] = [], []
-            if entry.sequence not in self.known or entry.start != len(self.known[entry.sequence]):
+            if entry.opens and (entry.start == 0 or self.can_rewind):
+                self.known[entry.sequence], self.tables[entry.sequence] = entry.start, []
+            if entry.sequence not in self.known or entry.start != self.known[entry.sequence]:
                 raise ProtocolError("not where the sequence goes on")
-            tokens, table = self.known[entry.sequence], self.tables[entry.sequence]
+            table = self.tables[entry.sequence]
             table.extend(entry.new_blocks)
-            tokens.extend(int(token) for token in hidden_TH[at : at + entry.count, 0])
-            at += entry.count
-            assert len(table) * BLOCK >= len(tokens), "tokens without a block"
+            end = self.known[entry.sequence] = entry.start + entry.count
+            assert len(table) * BLOCK >= end, "tokens without a block"
+            slots = [block * BLOCK + at for block in table for at in range(BLOCK)][:end]
+            rows = hidden_TH[row : row + entry.count]
+            assert rows[:, 2].tolist() == list(range(entry.start, end)), "hidden states of other positions"
+            self.memory[slots[entry.start :]] = rows[:, [0, 2, 3]]
+            self.computed[entry.sequence] += entry.count
+            row += entry.count
+            seen = self.memory[slots]
+            assert seen[:, 1].tolist() == list(range(end)), "a position that nobody has filled"
+            assert (seen[:, 2] == entry.sequence % 2**16).all(), "a block of another"
             if entry.logits is not Logits.NONE:
-                row = torch.zeros(VOCABULARY)
-                row[expected_token(tokens)] = 5.0
-                logits.append(row)
+                logits_V = torch.zeros(VOCABULARY)
+                logits_V[expected_token(seen[:, 0].tolist())] = 5.0
+                logits.append(logits_V)
         owners = [block for table in self.tables.values() for block in table]
         assert len(owners) == len(set(owners)), "two sequences in one block"
         if self.spec.is_tail:
             assert total == 0 or bool((hidden_TH[:, 1] == LAYERS).all()), "a layer was left out or run twice"
             return StepOutput(logits_RV=torch.stack(logits) if logits else torch.empty(0, VOCABULARY))
-        return StepOutput(hidden=memoryview(hidden_TH.numpy().tobytes()) if total else memoryview(b""))
+        return StepOutput(hidden=memoryview(hidden_TH.tobytes()))
 
 
 def expected_token(tokens: Sequence[int]) -> int:

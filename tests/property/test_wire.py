@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -67,6 +69,8 @@ extras = st.builds(
     traces=st.dictionaries(
         SEQUENCE_NUMBER.map(sequence_id), st.just("00-" + "a" * 32 + "-" + "b" * 16 + "-01"), max_size=2
     ),
+    rebuild=st.none() | st.integers(1, 9),
+    refused=st.lists(SEQUENCE_NUMBER.map(sequence_id), max_size=3).map(tuple),
 )
 
 
@@ -78,7 +82,9 @@ def frames(draw: st.DrawFn) -> StepFrame:
     size = sum(entry.count for entry in chosen) * hidden_size * dtype.size_bytes
     filler = draw(st.integers(0, 255))
     codec = draw(st.sampled_from(Codec))
-    if codec is not Codec.RAW:
+    if codec is Codec.ABSENT:
+        size = 0
+    elif codec is not Codec.RAW:
         size = draw(st.integers(0, 200))  # what it means is for the codec to say
     return StepFrame(
         pipeline=draw(U32),
@@ -111,6 +117,27 @@ def test_hidden_states_lie_on_a_16_byte_boundary(frame: StepFrame) -> None:
     assert (len(data) - len(frame.hidden)) % 16 == 0
 
 
+def test_what_is_said_to_be_absent_is_not_there() -> None:
+    frame = StepFrame(
+        pipeline=1,
+        epoch=1,
+        step=1,
+        entries=(Entry(sequence=1, start=0, count=300),),
+        extra=b"",
+        hidden_size=4096,
+        dtype=Dtype.BFLOAT16,
+        hidden=memoryview(b""),
+        codec=Codec.ABSENT,
+    )
+    data = encode_frame(frame)
+    assert len(data) < 100
+    assert decode_frame(data).num_tokens == 300
+    with pytest.raises(ProtocolError):
+        decode_frame(data + bytes(16))
+    with pytest.raises(ValueError, match="absent"):
+        encode_frame(replace(frame, hidden=memoryview(bytes(16))))
+
+
 @given(st.binary(max_size=400))
 def test_garbage_is_refused(data: bytes) -> None:
     with pytest.raises(ProtocolError):
@@ -128,9 +155,11 @@ def test_a_damaged_frame_is_refused_or_still_consistent(frame: StepFrame, data: 
         decoded = decode_frame(raw)
     except ProtocolError:
         return
-    if decoded.codec is not Codec.RAW:
-        return  # whether an encoded tensor fits is for its codec to say
-    assert len(decoded.hidden) == decoded.num_tokens * decoded.hidden_size * decoded.dtype.size_bytes
+    if decoded.codec is Codec.ABSENT:
+        assert len(decoded.hidden) == 0
+    elif decoded.codec is Codec.RAW:
+        assert len(decoded.hidden) == decoded.num_tokens * decoded.hidden_size * decoded.dtype.size_bytes
+    # whether an encoded tensor fits is for its codec to say
 
 
 @given(frames().filter(lambda frame: frame.codec is Codec.RAW), st.data())

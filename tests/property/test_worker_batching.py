@@ -70,8 +70,10 @@ class Stages:
         for entry in entries:
             if entry.opens:
                 self.tables[entry.sequence] = []
-                self.lengths[entry.sequence] = 0
-            assert entry.start == self.lengths[entry.sequence], "positions are not contiguous"
+                assert entry.start <= self.lengths.get(entry.sequence, 0), "it opens behind what is here"
+            else:
+                assert entry.start == self.lengths[entry.sequence], "positions are not contiguous"
+            self.lengths[entry.sequence] = entry.start
             self.tables[entry.sequence].extend(entry.new_blocks)
             self.lengths[entry.sequence] += entry.count
             assert len(self.tables[entry.sequence]) * self.limits.block_size >= self.lengths[entry.sequence]

@@ -55,6 +55,8 @@ class Codec(IntEnum):
     RAW = 0
     LOSSLESS = 1
     INT8 = 2
+    ABSENT = 3
+    """There are none, however many tokens the entries name: the stages in between only pass the step on."""
 
 
 class Traffic(IntEnum):
@@ -115,10 +117,15 @@ class Extra(BaseModel):
     step than the one named here has opened the sequence anew."""
     traces: Annotated[dict[SequenceIdField, str], Field(max_length=MAX_ENTRIES)] = {}
     """W3C ``traceparent`` of the sequences that are sampled for tracing."""
+    rebuild: Annotated[int, Field(ge=1)] | None = None
+    """The step's tokens are computed again for this one stage, whose KV blocks are empty. The stage before it attaches
+    the hidden states that it has kept of these tokens; all others have them in their KV blocks and pass the step on."""
+    refused: Annotated[tuple[SequenceIdField, ...], Field(max_length=MAX_ENTRIES)] = ()
+    """Of whose tokens in this step a stage on the way could make nothing: what it had of them does not fit."""
 
     def encode(self) -> bytes:
         """JSON, or nothing when there is nothing to say."""
-        if not (self.opens or self.closes or self.traces):
+        if not (self.opens or self.closes or self.traces or self.refused or self.rebuild is not None):
             return b""
         return orjson.dumps(self.model_dump(), option=orjson.OPT_NON_STR_KEYS)
 
@@ -136,7 +143,7 @@ class StepFrame:
     hidden_size: int
     dtype: Dtype
     hidden: memoryview
-    """T × hidden_size scalars, row by row. One-dimensional, format ``B``."""
+    """T × hidden_size scalars, row by row, as `codec` says. One-dimensional, format ``B``."""
     codec: Codec = Codec.RAW
     traffic: Traffic = Traffic.DECODE
     timings: tuple[StageTiming, ...] = ()
@@ -166,11 +173,14 @@ def encode_frame(frame: StepFrame) -> bytearray:
     """The frame as one buffer, ready to publish.
 
     Raises:
-        ValueError: the hidden states are not `num_tokens × hidden_size` scalars (our own mistake).
+        ValueError: the hidden states are not `num_tokens × hidden_size` scalars, or are there though they should be
+            absent (our own mistake).
     """
     num_tokens = frame.num_tokens
     if frame.codec is Codec.RAW and len(frame.hidden) != num_tokens * frame.hidden_size * frame.dtype.size_bytes:
         raise ValueError(f"{len(frame.hidden)} bytes for {num_tokens} tokens of {frame.hidden_size} {frame.dtype}")
+    if frame.codec is Codec.ABSENT and len(frame.hidden):
+        raise ValueError(f"{len(frame.hidden)} bytes of hidden states that are said to be absent")
     num_blocks = sum(len(entry.new_blocks) for entry in frame.entries)
     tensor_at = _tensor_offset(len(frame.entries), num_blocks, len(frame.timings), len(frame.extra))
     out = bytearray(tensor_at + len(frame.hidden))
@@ -211,7 +221,7 @@ def decode_frame(data: bytes | bytearray | memoryview) -> StepFrame:
         raise ProtocolError("not a MoLink frame")
     if version != PROTOCOL_VERSION:
         raise ProtocolError(f"frame version {version}, this side speaks {PROTOCOL_VERSION}")
-    if kind != 0 or flags > _BULK_FLAG or codec > Codec.INT8 or dtype_code >= len(_DTYPES):
+    if kind != 0 or flags > _BULK_FLAG or codec > Codec.ABSENT or dtype_code >= len(_DTYPES):
         raise ProtocolError("a frame with a kind, flag, codec or dtype that this version does not know")
     tensor_at = _tensor_offset(num_entries, num_blocks, num_timings, extra_bytes)
     if tensor_at > len(view):
@@ -221,7 +231,8 @@ def decode_frame(data: bytes | bytearray | memoryview) -> StepFrame:
     dtype = _DTYPES[dtype_code]
     expected = num_tokens * hidden_size * dtype.size_bytes
     # what an encoded tensor must look like is for its codec to check
-    if num_tokens > MAX_STEP_TOKENS or (codec == Codec.RAW and len(view) - tensor_at != expected):
+    exactly = {Codec.RAW: expected, Codec.ABSENT: 0}.get(codec)
+    if num_tokens > MAX_STEP_TOKENS or (exactly is not None and len(view) - tensor_at != exactly):
         raise ProtocolError(f"a frame with {len(view) - tensor_at} tensor bytes where {expected} belong")
     timings_at = HEADER_BYTES + _ENTRY.size * num_entries + 4 * num_blocks
     extra_at = timings_at + _TIMING.size * num_timings

@@ -124,7 +124,7 @@ def decode_hidden(data: memoryview, *, num_tokens: int, hidden_size: int, dtype:
     expected = num_scalars * dtype.size_bytes
     if data.nbytes == expected:
         return data.cast("B")
-    if data.nbytes > expected or codec is Codec.RAW:
+    if data.nbytes > expected or codec not in (Codec.LOSSLESS, Codec.INT8):
         raise ProtocolError(f"{data.nbytes} bytes of hidden states where {expected} belong")
     layout = _FORMATS[dtype]
     bytes_: _Bits = np.frombuffer(data, np.uint8)

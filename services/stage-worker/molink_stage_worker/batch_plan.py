@@ -55,12 +55,16 @@ class StepPlan:
     traffic: Traffic
     entries: tuple[Entry, ...]
     token_ids: tuple[int, ...]
-    """Of all entries, one after the other."""
+    """Of all entries, one after the other; none with `rebuild`."""
     opens: tuple[Opening, ...]
     closes: dict[str, int]
     """By sequence, the step that opened the life that ends."""
     traces: dict[str, str]
+    rebuild: int | None = None
+    """The one stage that computes these tokens."""
 
     def extra(self) -> Extra:
         """The part of the frame that only some steps need."""
-        return Extra.model_construct(opens=self.opens, closes=self.closes, traces=self.traces)
+        return Extra.model_construct(
+            opens=self.opens, closes=self.closes, traces=self.traces, rebuild=self.rebuild, refused=()
+        )

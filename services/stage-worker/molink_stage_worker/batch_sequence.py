@@ -1,8 +1,18 @@
-"""What the head knows of a sequence at work and of a step under way."""
+"""What the head knows of a sequence at work and of a step under way.
+
+    tokens     ├──────────── prompt ────────────┼── generated ──┤
+    confirmed  ├────────────────────────┤         on every stage for sure: its steps came back in order
+    planned    ├──────────────────────────────┤   steps under way or back
+
+When a step is lost, `planned` goes back to `confirmed` and the sequence opens again there, with the same KV blocks.
+When a stage is replaced, `kept` is what all others have, and `confirmed` counts what the new one has got of it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from molink_common.identity import sequence_number
 from molink_common.messages import StartSequence
@@ -22,12 +32,19 @@ class Sequence:
     trace: str | None
     tokens: list[int]
     planned: int = 0
-    """How many of `tokens` steps have been planned for since it was opened last."""
+    """How many of `tokens` steps have been planned for."""
+    confirmed: int = 0
+    """How many of `tokens` have keys and values on every stage; with `kept`, on the stage that is rebuilt."""
+    kept: int = 0
+    """How many of `tokens` have them on every stage but the one that is rebuilt. 0: there is nothing to rebuild."""
+    life: int = 0
+    """Counts how often it went back. What comes back of an earlier life does not count."""
     last_steps: dict[Traffic, int] = field(default_factory=dict)
-    """By class, the last step planned for it since it was opened last."""
+    """By class, the last step planned for it since it got its blocks."""
     is_open: bool = False
-    opened_by: int = 0
-    """The step that opened it last."""
+    """Whether its next step continues the one before; else it opens the sequence (again) where it goes on."""
+    opened_by: int | None = None
+    """The step that opened it last; None: no stage knows it."""
     restarts: int = 0
     unsent_blocks: list[int] = field(default_factory=list)
 
@@ -47,12 +64,17 @@ class Sequence:
     @property
     def is_decoding(self) -> bool:
         """Whether all but its newest token is computed or being computed."""
-        return self.planned > 0 and len(self.tokens) - self.planned <= 1
+        return self.planned > 0 and len(self.tokens) - self.planned <= 1 and not self.kept
 
     @property
     def unplanned(self) -> int:
-        """Tokens that no step has been planned for."""
-        return len(self.tokens) - self.planned
+        """Tokens that a step may be planned for. What a stage still lacks comes first."""
+        return 0 if self.kept else len(self.tokens) - self.planned
+
+    @property
+    def to_rebuild(self) -> int:
+        """Tokens that no step has been planned for to rebuild them."""
+        return self.kept - self.planned if self.kept else 0
 
     def opening(self) -> Opening:
         """What the tail must know of it."""
@@ -64,12 +86,28 @@ class Sequence:
             options=self.options,
         )
 
-    def forget_stages(self) -> None:
-        """No stage knows it any more."""
+    def go_back(self, blocks: Iterable[int]) -> None:
+        """Plan again from `confirmed` on, with all the blocks that it has."""
+        self.life += 1
+        self.planned = self.confirmed
         self.is_open = False
-        self.planned = 0
+        self.unsent_blocks = list(blocks)
+
+    def forget_stages(self) -> None:
+        """No stage knows it any more, and it has no blocks."""
+        self.confirmed = self.kept = 0
+        self.go_back(())
+        self.opened_by = None
         self.last_steps.clear()
-        self.unsent_blocks.clear()
+
+
+class Served(NamedTuple):
+    """What a step does for a sequence."""
+
+    sequence: Sequence
+    life: int
+    end: int
+    """How many of its tokens are computed after the step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +115,7 @@ class StepUnderWay:
     """A step that was planned and has not come back."""
 
     traffic: Traffic
-    served: dict[str, Sequence]
+    served: dict[str, Served]
     wanted: frozenset[str]
     """Sequences that are to get a token from it."""
     closes: dict[str, int]

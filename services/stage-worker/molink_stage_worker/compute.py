@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import astuple, replace
 
 import torch
 
@@ -18,7 +18,7 @@ from molink_common import messages
 from molink_common.errors import ProtocolError
 from molink_common.identity import sequence_id, sequence_number
 from molink_common.messages import StepTokens, TokenEvent
-from molink_common.wire import Codec, Entry, Extra, Logits, StageTiming, StepFrame, Traffic, encode_frame
+from molink_common.wire import Codec, Entry, Logits, StageTiming, StepFrame, encode_frame
 from molink_stage_worker.activation_codec import decode_hidden, encode_hidden
 from molink_stage_worker.engine.interface import Engine
 from molink_stage_worker.journal import Journal
@@ -26,52 +26,13 @@ from molink_stage_worker.lives import Lives
 from molink_stage_worker.planning.stage_cost import StageCurve, StageEstimator
 from molink_stage_worker.planning.step_load import StepLoad, pays_together
 from molink_stage_worker.sampling import Sampler
+from molink_stage_worker.stage_step import NOTHING, StageResult, StageStep, emptied, refusing
 
-_NOTHING = memoryview(b"")
 _ALWAYS_TOKENS = 8
 _TRY_TOKENS = 32
 _REFUSALS_A_TRY = 16
 _PASSES_A_CURVE = 8
 """Fitting it takes longer than the smallest of passes."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageStep:
-    """A step as it enters a stage."""
-
-    frame: StepFrame
-    """Its `hidden` is empty at the head."""
-    extra: Extra
-    token_ids: tuple[int, ...] | None = None
-    """At the head only."""
-    ready_ns: int
-    """When it could have begun, by `time.perf_counter_ns`."""
-    rides_along: bool = False
-    """Planned to be computed in one pass with the step before it."""
-    load: StepLoad = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "load", StepLoad.of(self.frame.entries))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageResult:
-    """A step as it leaves a stage: what to publish where."""
-
-    payload: bytes | bytearray
-    step: int = 0
-    traffic: Traffic = Traffic.DECODE
-    num_tokens: int = 0
-    tokens: StepTokens | None = None
-    """At the tail only; `payload` carries the same. Without, `payload` is a frame for the next stage."""
-    traces: tuple[str, ...] = ()
-    """``traceparent`` of each traced sequence."""
-    started_ns: int = 0
-    """Since 1970."""
-    ended_ns: int = 0
-    refused: tuple[Entry, ...] = ()
-    """Entries that the engine found to contradict what it knows; the step went on without them."""
-    problem: str = ""
 
 
 class StageCompute:
@@ -106,8 +67,10 @@ class StageCompute:
         """Whether `other` should be computed in one pass with `steps`, by what passes have cost here so far.
 
         Never if they share a sequence: one chunk of a prompt needs the keys and values of the chunk before it.
-        May be asked from any thread.
+        Nor a step that this stage only passes on. May be asked from any thread.
         """
+        if self._only_passes(steps[0]) or self._only_passes(other):
+            return False
         present = {entry.sequence for step in steps for entry in step.frame.entries}
         if any(entry.sequence in present for entry in other.frame.entries):
             return False
@@ -131,6 +94,11 @@ class StageCompute:
 
     def _run(self, steps: Sequence[StageStep]) -> list[StageResult]:
         closed = [self._lives.close(step.extra.closes) for step in steps]
+        if self._journal is not None:
+            for names in closed:
+                self._journal.forget(map(sequence_number, names))
+        if self._only_passes(steps[0]):
+            return [self._pass_on(steps[0], closed[0])]
         try:
             return self._forward(steps, closed)
         except ProtocolError as error:
@@ -145,9 +113,42 @@ class StageCompute:
             return self._run_emptied(step, closed, str(error))
 
     def _run_emptied(self, step: StageStep, closed: tuple[str, ...], problem: str) -> StageResult:
-        empty = replace(step.frame, entries=(), hidden=_NOTHING, codec=Codec.RAW)
-        without = replace(step, frame=empty, token_ids=None if step.token_ids is None else ())
-        return replace(self._forward([without], [closed])[0], refused=step.frame.entries, problem=problem)
+        result = self._forward([emptied(step)], [closed])[0]
+        return replace(result, refused=step.frame.entries, problem=problem)
+
+    def _only_passes(self, step: StageStep) -> bool:
+        """Whether another stage computes the step, and this one has its tokens in its KV blocks."""
+        return step.extra.rebuild is not None and step.extra.rebuild != self._index
+
+    def _pass_on(self, step: StageStep, closed: tuple[str, ...]) -> StageResult:
+        """Forget what the step closes; before the stage that is rebuilt, attach what was sent to it at the time."""
+        began_ns, started_ns = time.perf_counter_ns(), time.time_ns()
+        rows = NOTHING
+        problem = ""
+        if self._index + 1 == step.extra.rebuild:
+            found = {entry.sequence: self._replayed(entry) for entry in step.frame.entries}
+            lacking = [entry for entry in step.frame.entries if found[entry.sequence] is None]
+            if lacking:
+                step = refusing(step, lacking)
+                problem = f"the journal does not hold what is to be sent again of {len(lacking)} sequences"
+            rows = memoryview(b"".join(part for part in found.values() if part is not None))
+        if closed:
+            if self._sampler is not None:
+                _prepare(self._sampler, (), [closed])
+            is_head = step.token_ids is not None
+            closes = [sequence_number(name) for name in closed]
+            self.engine.run((), closes, token_ids=() if is_head else None, hidden=None if is_head else NOTHING)
+        timing = self._timing((), step, began_ns)
+        tokens = None
+        if self._sampler is None:
+            payload: bytes | bytearray = self._encode(step.frame, rows or None, timing)
+        else:
+            tokens = _sampled(self._sampler, step, None, timing)
+            payload = messages.encode(tokens)
+        return _result(step, payload, tokens, started_ns, problem)
+
+    def _replayed(self, entry: Entry) -> bytes | None:
+        return None if self._journal is None else self._journal.replay(entry.sequence, entry.start, entry.count)
 
     def _forward(self, steps: Sequence[StageStep], closed: Sequence[tuple[str, ...]]) -> list[StageResult]:
         began_ns, started_ns = time.perf_counter_ns(), time.time_ns()
@@ -167,33 +168,23 @@ class StageCompute:
             timing = self._timing(steps, step, began_ns)
             tokens = None
             if self._sampler is None:
-                raw = _NOTHING if output.hidden is None else output.hidden
+                raw = NOTHING if output.hidden is None else output.hidden
                 own = raw[token_at * token_bytes : (token_at + frame.num_tokens) * token_bytes]
-                payload = self._encode(frame, own, timing)
+                self._record(frame, own, token_bytes)
+                payload = self._encode(frame, own if step.extra.rebuild is None else None, timing)
             else:
                 rows = sum(_rows_of(entry) for entry in frame.entries)
                 logits_RV = None if output.logits_RV is None else output.logits_RV[row_at : row_at + rows]
-                tokens = _sampled(self._sampler, frame, logits_RV, timing)
+                tokens = _sampled(self._sampler, step, logits_RV, timing)
                 payload = messages.encode(tokens)
                 row_at += rows
             token_at += frame.num_tokens
-            results.append(
-                StageResult(
-                    payload=payload,
-                    step=frame.step,
-                    traffic=frame.traffic,
-                    num_tokens=frame.num_tokens,
-                    tokens=tokens,
-                    traces=tuple(step.extra.traces.values()),
-                    started_ns=started_ns,
-                    ended_ns=time.time_ns(),
-                )
-            )
+            results.append(_result(step, payload, tokens, started_ns))
         self._learn(entries, began_ns)
         return results
 
     def _inputs(self, steps: Sequence[StageStep]) -> tuple[tuple[int, ...] | None, memoryview | None]:
-        """Token ids at the head, hidden states elsewhere."""
+        """Token ids at the head, hidden states elsewhere. Absent ones are refused."""
         if steps[0].token_ids is not None:
             return tuple(token for step in steps for token in step.token_ids or ()), None
         parts = [
@@ -208,13 +199,28 @@ class StageCompute:
         ]
         return None, parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
 
-    def _encode(self, frame: StepFrame, raw: memoryview, timing: StageTiming) -> bytes | bytearray:
+    def _encode(self, frame: StepFrame, raw: memoryview | None, timing: StageTiming) -> bytes | bytearray:
+        """None: the step goes on without hidden states."""
+        timings = (*frame.timings, timing)
+        if raw is None:
+            codec = Codec.ABSENT if frame.entries else Codec.RAW
+            return encode_frame(replace(frame, hidden=NOTHING, codec=codec, timings=timings))
         hidden = encode_hidden(raw, hidden_size=frame.hidden_size, dtype=frame.dtype, codec=self._codec)
-        return encode_frame(replace(frame, hidden=hidden, codec=self._codec, timings=(*frame.timings, timing)))
+        return encode_frame(replace(frame, hidden=hidden, codec=self._codec, timings=timings))
+
+    def _record(self, frame: StepFrame, raw: memoryview, token_bytes: int) -> None:
+        """Keep what the next stage gets, as it is before it is encoded: encoding it again gives the same."""
+        if self._journal is None:
+            return
+        at = 0
+        for entry in frame.entries:
+            end = at + entry.count * token_bytes
+            self._journal.record(entry.sequence, entry.start, entry.count, raw[at:end])
+            at = end
 
     def _timing(self, steps: Sequence[StageStep], step: StageStep, began_ns: int) -> StageTiming:
         load = StepLoad.of(())
-        if step is steps[0]:  # the first speaks for the whole pass
+        if steps and step is steps[0]:  # the first speaks for the whole pass
             load = sum((one.load for one in steps), start=load)
         return StageTiming(
             compute_us=(time.perf_counter_ns() - began_ns) // 1000,
@@ -250,7 +256,28 @@ def _prepare(sampler: Sampler, steps: Sequence[StageStep], closed: Sequence[tupl
                 raise ProtocolError(f"sequence {sequence_id(entry.sequence)} wants a token but was never opened")
 
 
-def _sampled(sampler: Sampler, frame: StepFrame, logits_RV: torch.Tensor | None, timing: StageTiming) -> StepTokens:
+def _result(
+    step: StageStep,
+    payload: bytes | bytearray,
+    tokens: StepTokens | None,
+    started_ns: int,
+    problem: str = "",
+) -> StageResult:
+    return StageResult(
+        payload=payload,
+        step=step.frame.step,
+        traffic=step.frame.traffic,
+        num_tokens=step.frame.num_tokens,
+        tokens=tokens,
+        traces=tuple(step.extra.traces.values()),
+        started_ns=started_ns,
+        ended_ns=time.time_ns(),
+        problem=problem,
+    )
+
+
+def _sampled(sampler: Sampler, step: StageStep, logits_RV: torch.Tensor | None, timing: StageTiming) -> StepTokens:
+    frame = step.frame
     names = [sequence_id(entry.sequence) for entry in frame.entries if entry.logits is not Logits.NONE]
     events: list[TokenEvent] = []
     failed: list[str] = []
@@ -263,6 +290,7 @@ def _sampled(sampler: Sampler, frame: StepFrame, logits_RV: torch.Tensor | None,
         step=frame.step,
         events=tuple(events),
         failed=tuple(failed),
+        refused=step.extra.refused,
         timings=tuple(astuple(one) for one in (*frame.timings, timing)),
     )
 

@@ -50,9 +50,13 @@ class Departures:
         """Whether nothing of a sequence can be on its way, not looking at class `but`."""
         return all(traffic is but or last <= self._returned[traffic] for traffic, last in last_steps.items())
 
+    def is_awaited(self, traffic: Traffic, last_steps: Mapping[Traffic, int]) -> bool:
+        """Whether a step of this class must come back before nothing of a sequence can be on its way."""
+        return last_steps.get(traffic, 0) > self._returned[traffic]
+
     def awaits(self, traffic: Traffic) -> bool:
         """Whether a step of this class must come back before all can leave."""
-        return any(one.last_steps.get(traffic, 0) > self._returned[traffic] for one in self._leaving.values())
+        return any(self.is_awaited(traffic, one.last_steps) for one in self._leaving.values())
 
     def leave(self, leaving: Leaving) -> bool:
         """True: its blocks are free now. False: `step_returned` will name it."""
@@ -69,11 +73,12 @@ class Departures:
             for pending in self._closes.values():
                 if pending.get(name) == opened:
                     del pending[name]
-        clear = [one for one in self._leaving.values() if self.has_returned(one.last_steps)]
-        for one in clear:
-            del self._leaving[one.number]
-            self._close(one)
-        return [one.number for one in clear]
+        return self._let_go()
+
+    def nothing_on_its_way(self, step: int) -> list[int]:
+        """No frame of `step` or of one before it will be taken any more: a new epoch has begun. As `step_returned`."""
+        self._returned = dict.fromkeys(Traffic, step)
+        return self._let_go()
 
     def step_lost(self, traffic: Traffic, closes: Mapping[str, int]) -> None:
         """What the step was to close is to be closed by another."""
@@ -93,3 +98,10 @@ class Departures:
         if leaving.opened_by is not None:
             for pending in self._closes.values():
                 pending[leaving.id] = leaving.opened_by
+
+    def _let_go(self) -> list[int]:
+        clear = [one for one in self._leaving.values() if self.has_returned(one.last_steps)]
+        for one in clear:
+            del self._leaving[one.number]
+            self._close(one)
+        return [one.number for one in clear]

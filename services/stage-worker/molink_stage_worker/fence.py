@@ -2,8 +2,9 @@
 
 A broker may deliver what is stale (an older epoch) or lose something in an outage. A frame counts only if it is
 of this pipeline and epoch, is newer than every frame of its class before it, and continues each of its sequences at
-or before the position that the sequence has reached here: computing on after a hole would give wrong text without
-an error.
+or before the position that the sequence has reached here, also where the sequence opens again: computing on after a
+hole would give wrong text without an error. Whether the stage computes a step or passes it on makes no difference
+here: what is rebuilt elsewhere is in this stage's KV blocks.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Fence:
         for name in self._lives.close(closes):
             self._lengths.pop(sequence_number(name), None)
         entries = tuple(entries)
-        if any(not entry.opens and entry.start > self._lengths.get(entry.sequence, -1) for entry in entries):
+        if any(entry.start > self._lengths.get(entry.sequence, 0 if entry.opens else -1) for entry in entries):
             self.refuse(entries, Drop.HOLE)
             return Drop.HOLE
         self._lives.open(entries, step)

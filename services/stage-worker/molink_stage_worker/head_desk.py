@@ -28,6 +28,19 @@ class HeadDesk:
         self._token_bytes = token_bytes
         self._planned: dict[int, _Planned] = {}
         """By step, oldest first."""
+        self._asks_since_s: float | None = None
+
+    @property
+    def asks(self) -> bool:
+        """Whether nothing is planned but steps that ask if all stages of a new epoch listen.
+
+        Such a step may reach nobody: `on_all_lost` makes room for another.
+        """
+        return self._batcher.asks
+
+    def use(self, *, can_rewind: bool) -> None:
+        """What the stages' engines are able to do (`Engine.can_rewind`)."""
+        self._batcher.can_rewind = can_rewind
 
     @property
     def sequences(self) -> tuple[str, ...]:
@@ -48,6 +61,8 @@ class HeadDesk:
         first = self._batcher.next_step()
         along = self._batcher.step_along() if first is not None and first.traffic is Traffic.DECODE else None
         plans = [plan for plan in (first, along) if plan is not None]
+        if plans and self._batcher.asks and self._asks_since_s is None:
+            self._asks_since_s = now_s
         self._planned.update((plan.step, _Planned(plan=plan, at_s=now_s)) for plan in plans)
         return plans
 
@@ -58,7 +73,7 @@ class HeadDesk:
     def on_tokens(self, tokens: StepTokens, now_s: float) -> None:
         """A step came back: learn what it cost, and let its sequences go on."""
         planned = self._planned.pop(tokens.step, None)
-        if planned is not None and tokens.timings and planned.plan.entries:
+        if planned is not None and tokens.timings and planned.plan.entries and planned.plan.rebuild is None:
             self._planner.on_step(self._observation(planned, tokens, now_s), now_s)
         self._batcher.on_tokens(tokens)
         self._forget_lost()
@@ -74,12 +89,10 @@ class HeadDesk:
         self._planned.clear()
 
     def on_new_epoch(self, rebuild: int | None) -> None:
-        """The pipeline has a new epoch: nothing of the old one will come, and stage `rebuild` knows no KV.
-
-        None: every stage may have lost its KV, so that all is computed again.
-        """
-        del rebuild
-        self.on_all_lost()
+        """See `Batcher.on_new_epoch`. To be called when no step of the old epoch can begin to be computed any more."""
+        self._batcher.on_new_epoch(rebuild)
+        self._planned.clear()
+        self._asks_since_s = None
 
     def on_link(self, rate_bytes_per_s: float | None, round_trip_s: float | None) -> None:
         """What the link to the next stage carries, as its sender has measured it."""
@@ -89,10 +102,13 @@ class HeadDesk:
         """For the heartbeat."""
         oldest = self._batcher.oldest_step
         planned = None if oldest is None else self._planned.get(oldest)
+        since_s = None if planned is None else planned.at_s
+        if self._batcher.asks:  # the questions before the present one count too
+            since_s = self._asks_since_s
         planner = self._planner.report()
         return self._batcher.report().model_copy(
             update={
-                "oldest_step_age_s": 0.0 if planned is None else now_s - planned.at_s,
+                "oldest_step_age_s": 0.0 if since_s is None else now_s - since_s,
                 "micro_batches": self._batcher.plan.micro_batches,
                 "chunk_tokens": min(self._batcher.plan.chunk_tokens, MAX_STEP_TOKENS),
                 "along_tokens": self._batcher.plan.along_tokens,

@@ -29,6 +29,10 @@ class BlockAllocator:
         """How many blocks the sequence has."""
         return len(self._tables.get(sequence, ()))
 
+    def table(self, sequence: int) -> tuple[int, ...]:
+        """The sequence's blocks, in the order of its tokens."""
+        return tuple(self._tables.get(sequence, ()))
+
     def take(self, sequence: int, count: int, *, expected: int = 0) -> tuple[int, ...]:
         """`count` more blocks for a sequence, next to those that it has where that is possible.
 

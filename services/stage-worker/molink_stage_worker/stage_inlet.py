@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 
 from molink_common import subjects
 from molink_common.bus import Bus, Incoming, Subscription
@@ -17,9 +16,9 @@ from molink_common.errors import BusUnavailable, ProtocolError
 from molink_common.logs import get_logger
 from molink_common.messages import AssignStage
 from molink_common.pieces import Ack, Assembler, decode_piece
-from molink_common.wire import Codec, Traffic, decode_extra, decode_frame
-from molink_stage_worker.compute import StageStep
+from molink_common.wire import Traffic, decode_extra, decode_frame
 from molink_stage_worker.fence import Drop, Fence
+from molink_stage_worker.stage_step import StageStep, emptied
 
 log = get_logger("inlet")
 
@@ -102,10 +101,10 @@ class StageInlet:
         if acknowledge:
             await self._acknowledge(frame.step, len(data), frame.traffic)
         if self._fence.enter(frame.step, frame.entries, extra.closes) is not None:
-            # the step goes on without its entries: the head sees at once that their tokens are missing
             log.warning("step emptied", reason=Drop.HOLE, step=frame.step)
-            frame = replace(frame, entries=(), hidden=memoryview(b""), codec=Codec.RAW)
-        await self._on_step(StageStep(frame=frame, extra=extra, ready_ns=ready_ns))
+            await self._on_step(emptied(StageStep(frame=frame, extra=extra, ready_ns=ready_ns)))
+        else:
+            await self._on_step(StageStep(frame=frame, extra=extra, ready_ns=ready_ns))
 
     def _drop_garbage(self, error: ProtocolError) -> None:
         self._fence.dropped[Drop.GARBAGE] += 1

@@ -12,38 +12,37 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from molink_common import messages, subjects
 from molink_common.bus import Bus, Incoming
-from molink_common.errors import BusUnavailable, ProtocolError
+from molink_common.errors import ProtocolError
 from molink_common.logs import get_logger
 from molink_common.messages import AssignStage, HeadReport, LinkReport, StartSequence, StepTokens
 from molink_common.telemetry import Telemetry
 from molink_common.wire import StepFrame, Traffic
 from molink_stage_worker.batch_plan import StepPlan
 from molink_stage_worker.company import DecodeRhythm
-from molink_stage_worker.compute import StageCompute, StageResult, StageStep
+from molink_stage_worker.compute import StageCompute
 from molink_stage_worker.fence import Drop, Fence
 from molink_stage_worker.head_desk import HeadDesk
 from molink_stage_worker.journal import Journal
 from molink_stage_worker.ready_queue import ReadyQueue
 from molink_stage_worker.stage_inlet import StageInlet
 from molink_stage_worker.stage_link import StageLink
+from molink_stage_worker.stage_step import StageResult, StageStep
+from molink_stage_worker.token_outbox import NO_STEP, TokenOutbox
 
 log = get_logger("stage")
 
-_OUTBOX_MESSAGES = 1024
 _STEPS_WAITING = 1024
-_NO_STEP = 0
-"""Step number of a `StepTokens` that no step led to. With `failed`, the head gave these sequences up; without, a
-stage was cut off for a while and the head is to take everything under way for lost. Real steps begin at 1."""
-_STEPS_REPEATED = 256
 _ALL_BACK_S = 0.5
 """After an outage of the broker, clients connect again within about a tenth of a second of each other."""
 _SURELY_BACK_S = 3.0
+_ASK_AGAIN_S = 0.05
+_ASK_SLOWER = 1.5
+_ASK_AGAIN_MOST_S = 0.5
 
 
 class StageRunner:
@@ -92,9 +91,10 @@ class StageRunner:
         self._link: StageLink | None = None
         if assignment.index < assignment.num_stages - 1:
             self._link = StageLink(bus=bus, bulk_bus=bulk_bus, place=assignment, on_lost=self._on_lost)
-        self._outbox: asyncio.Queue[bytes | bytearray] = asyncio.Queue(_OUTBOX_MESSAGES)
+        if desk is not None:
+            desk.use(can_rewind=compute.engine.can_rewind)
+        self._outbox = TokenOutbox(bus, assignment)
         self._broken: asyncio.Future[None] = self._loop.create_future()
-        self._recent_tokens: deque[bytes | bytearray] = deque(maxlen=_STEPS_REPEATED)
         self._computing = 0
         self._is_serving = False
         self._is_pausing = False
@@ -143,11 +143,12 @@ class StageRunner:
             if self._link is not None:
                 subscriptions.append(await self._link.subscribe())
                 sending.append(asyncio.create_task(self._link.run()))
-            sending.append(asyncio.create_task(self._publish_tokens()))
+            sending.append(asyncio.create_task(self._outbox.run()))
             await self._bus.flush()
             self._is_serving = True
             on_ready()
             self.pump()
+            self._ask_again(_ASK_AGAIN_S)
             done, _ = await asyncio.wait([self._broken, *sending], return_when=asyncio.FIRST_COMPLETED)
             for ended in done:
                 ended.result()  # raises
@@ -169,7 +170,7 @@ class StageRunner:
             return
         if (tokens.pipeline, tokens.epoch) != (self._assignment.pipeline, self._assignment.epoch):
             self._fence.dropped[Drop.OTHER_EPOCH] += 1
-        elif tokens.step != _NO_STEP:
+        elif tokens.step != NO_STEP:
             self._take_tokens(tokens)
         elif not tokens.failed and self._desk is not None:
             log.warning("a stage was cut off: its steps are computed again")
@@ -187,7 +188,7 @@ class StageRunner:
         if self._link is not None:
             self._link.on_cut_off()
         if self._desk is None:
-            self._outbox_notice(())
+            self._outbox.notify()
         elif self._assignment.num_stages > 1:
             self._desk.on_all_lost()
         self._is_pausing = True
@@ -200,9 +201,8 @@ class StageRunner:
         self.pump()
 
     def _repeat_tokens(self) -> None:
-        if self._is_serving and self._outbox.qsize() + len(self._recent_tokens) < _OUTBOX_MESSAGES:
-            for payload in self._recent_tokens:
-                self._outbox.put_nowait(payload)
+        if self._is_serving:
+            self._outbox.repeat()
 
     # --- the head --------------------------------------------------------------------------------------------
 
@@ -233,6 +233,19 @@ class StageRunner:
         except Exception as error:  # called from callbacks, where nobody would hear of it: let `serve` raise it
             self._break(error)
 
+    def _ask_again(self, pause_s: float) -> None:
+        """The head of a new epoch asks whether all stages listen: until a step comes back, it sends another."""
+        if self._desk is None or not self._desk.asks or not self._is_serving:
+            return
+
+        def ask() -> None:
+            if self._desk is not None and self._desk.asks and self._is_serving:
+                self._desk.on_all_lost()
+                self.pump()
+                self._ask_again(min(pause_s * _ASK_SLOWER, _ASK_AGAIN_MOST_S))
+
+        self._loop.call_later(pause_s, ask)
+
     def _plan_and_start(self) -> None:
         if self._desk is None or self._computing or self._is_pausing:
             return
@@ -244,19 +257,19 @@ class StageRunner:
         failed = self._desk.take_failed()
         if failed:
             log.warning("sequences given up", sequences=failed)
-            self._outbox_notice(failed)
+            self._outbox.notify(failed)
         for plan in plans:
             self._ready.put(self._step_of(plan, rides_along=plan is not plans[0]), plan.traffic)
         for _ in plans:
             self._start_computing()
 
     def _take_tokens(self, tokens: StepTokens) -> None:
-        if self._desk is not None:
+        if self._desk is not None and self._is_serving:
             self._desk.on_tokens(tokens, self._loop.time())
             self.pump()
 
     def _on_lost(self, step: int) -> None:
-        if self._desk is not None:
+        if self._desk is not None and self._is_serving:
             self._desk.on_lost(step)
             self.pump()
 
@@ -333,7 +346,7 @@ class StageRunner:
                 assert self._link is not None, "a stage that is not the tail has a link"
                 self._link.offer(result.step, result.traffic, result.payload)
             else:
-                self._outbox_tokens(result)
+                self._outbox.put(result)
                 if self._desk is not None:
                     self._take_tokens(result.tokens)  # head and tail in one: no way round through the broker
             self._account_for(result)
@@ -345,35 +358,11 @@ class StageRunner:
 
     # --- out -------------------------------------------------------------------------------------------------
 
-    def _outbox_tokens(self, result: StageResult) -> None:
-        if result.tokens is not None and result.tokens.events:
-            self._recent_tokens.append(result.payload)
-        self._outbox_payload(result.payload)
-
-    def _outbox_notice(self, failed: tuple[str, ...]) -> None:
-        place = self._assignment
-        notice = StepTokens(pipeline=place.pipeline, epoch=place.epoch, step=_NO_STEP, failed=failed)
-        self._outbox_payload(messages.encode(notice))
-
-    def _outbox_payload(self, payload: bytes | bytearray) -> None:
-        try:
-            self._outbox.put_nowait(payload)
-        except asyncio.QueueFull:  # what the head has under way bounds it: somebody sends what nobody planned
-            log.warning("tokens dropped", problem=f"{_OUTBOX_MESSAGES} messages wait to be sent")
-
-    async def _publish_tokens(self) -> None:
-        subject = subjects.tokens(self._assignment.pipeline)
-        while True:
-            payload = await self._outbox.get()
-            try:
-                await self._bus.publish(subject, payload)
-            except BusUnavailable as error:
-                log.warning("tokens not sent", problem=str(error))
-
     def _account_for(self, result: StageResult) -> None:
         if result.refused:
             self._fence.refuse(result.refused, Drop.REFUSED)
-            log.warning("step emptied", reason=Drop.REFUSED, step=result.step, problem=result.problem)
+        if result.problem:
+            log.warning("entries refused", step=result.step, problem=result.problem)
         self.steps_done += 1
         self.tokens_done += result.num_tokens
         for parent in result.traces:

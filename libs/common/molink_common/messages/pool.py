@@ -102,6 +102,12 @@ class HeadReport(BaseModel):
     steps_under_way: Count
     oldest_step_age_s: float = 0.0
     preemptions: Count = 0
+    rewinds: Count = 0
+    """How often a sequence went back to what every stage has of it, because a step was lost."""
+    recomputed: Count = 0
+    """How often a sequence was computed anew from its beginning, because a stage lacked a part of it."""
+    rebuilt: Count = 0
+    """How often a replaced stage got a sequence's KV blocks back out of the journal of the stage before it."""
     micro_batches: Count = 0
     chunk_tokens: Count = 0
     """Most prompt tokens a step."""

@@ -86,5 +86,7 @@ class StepTokens(Message):
     events: tuple[TokenEvent, ...] = ()
     failed: tuple[SequenceIdField, ...] = ()
     """Sequences that are given up: their logits were not finite, or their steps were lost again and again."""
+    refused: tuple[SequenceIdField, ...] = ()
+    """Of whose tokens in this step a stage could make nothing. The head computes them again."""
     timings: tuple[tuple[Count, Count, Count, Count, Count, Count], ...] = ()
     """Of each stage, head first: the fields of `wire.StageTiming`."""

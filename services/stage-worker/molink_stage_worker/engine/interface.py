@@ -71,6 +71,10 @@ class Engine(Protocol):
     def weight_bytes(self) -> int:
         """Memory of the weights."""
 
+    @property
+    def can_rewind(self) -> bool:
+        """Whether a sequence may open in its middle, on KV blocks that it has filled before."""
+
     def run(
         self,
         entries: Sequence[Entry],
@@ -82,7 +86,8 @@ class Engine(Protocol):
         """One step: forget `closes`, then run `entries`.
 
         The head takes `token_ids` (T of them), every other stage `hidden` (T × H scalars as bytes). A step
-        may be empty of entries. Entries with `opens` forget what the sequence had; `new_blocks` are appended
+        may be empty of entries. Entries with `opens` forget what the sequence had, though with
+        a `start` above 0 the blocks that they name hold its tokens before that; `new_blocks` are appended
         to its block table first; tokens go to positions ``start .. start+count``, over whatever was there.
 
         Raises:

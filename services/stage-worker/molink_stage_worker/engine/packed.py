@@ -49,6 +49,11 @@ class PackedEngine:
         )
         self._store = KvStore(num_blocks, block_size)
 
+    @property
+    def can_rewind(self) -> bool:
+        """Yes: keys and values lie in the blocks, whoever wrote them."""
+        return True
+
     @torch.inference_mode()
     def run(
         self,

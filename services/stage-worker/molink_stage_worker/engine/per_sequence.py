@@ -64,6 +64,11 @@ class PerSequenceEngine:
         )
         self._sequences: dict[int, _Sequence] = {}
 
+    @property
+    def can_rewind(self) -> bool:
+        """No: keys and values lie in caches that begin with the sequence."""
+        return False
+
     @torch.inference_mode()
     def run(
         self,

@@ -1,0 +1,192 @@
+"""Who has KV blocks and who waits for some, on the head's side.
+
+    waiting ── blocks for all its tokens ──▶ running ── finished, stopped, failed ──▶ leaving ──▶ closed
+       ▲                                        │
+       └───────────── out of blocks ────────────┘   (computed again from prompt + tokens so far)
+
+Admission keeps the order of arrival; when blocks run out, the newest gives way. So nobody starves.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Mapping
+
+from molink_common.errors import CapacityError
+from molink_common.messages import StartSequence
+from molink_common.wire import Traffic
+from molink_stage_worker.batch_plan import BatchLimits
+from molink_stage_worker.batch_sequence import Sequence
+from molink_stage_worker.departures import Departures, Leaving
+from molink_stage_worker.kv_blocks import BlockAllocator
+
+
+class Residents:
+    """Sequences and their blocks. Not thread-safe; no IO, no clock."""
+
+    def __init__(self, limits: BatchLimits) -> None:
+        self._limits = limits
+        self._blocks = BlockAllocator(limits.num_blocks)
+        self._sequences: dict[str, Sequence] = {}
+        self._waiting: list[Sequence] = []
+        """By arrival."""
+        self.running: dict[str, Sequence] = {}
+        """By time of last service, longest ago first."""
+        self.departures = Departures()
+        self.preemptions = 0
+        self._failed: list[str] = []
+        self._arrivals = 0
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Of all that are waiting or running."""
+        return tuple(self._sequences)
+
+    @property
+    def num_waiting(self) -> int:
+        """How many have no blocks."""
+        return len(self._waiting)
+
+    @property
+    def tokens_waiting(self) -> int:
+        """Of those that have no blocks."""
+        return sum(one.unplanned for one in self._waiting)
+
+    @property
+    def free_blocks(self) -> int:
+        """That nobody has."""
+        return self._blocks.num_free
+
+    def get(self, name: str) -> Sequence | None:
+        """A sequence that is here."""
+        return self._sequences.get(name)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """How many blocks so many tokens take."""
+        return -(-num_tokens // self._limits.block_size)
+
+    def table(self, sequence: Sequence) -> tuple[int, ...]:
+        """Its blocks, in the order of its tokens."""
+        return self._blocks.table(sequence.number)
+
+    def add(self, start: StartSequence) -> None:
+        """See `Batcher.add`."""
+        if start.sequence in self._sequences:
+            return
+        num_tokens = len(start.prompt) + len(start.generated)
+        if len(start.generated) >= start.options.max_tokens:
+            raise ValueError(f"the sequence has its {start.options.max_tokens} tokens already")
+        room = self._limits.num_blocks * self._limits.block_size
+        if num_tokens > room:
+            raise CapacityError(f"{num_tokens} tokens do not fit into the pipeline's KV memory of {room} tokens")
+        if len(self._waiting) >= self._limits.max_waiting:
+            raise CapacityError(f"{len(self._waiting)} sequences are waiting already")
+        self._arrivals += 1
+        sequence = Sequence.starting(start, self._arrivals)
+        self._sequences[sequence.id] = sequence
+        self._waiting.append(sequence)
+
+    def admit(self) -> None:
+        """Let sequences in, in the order of arrival, while their blocks leave one for each that runs."""
+        while self._waiting and len(self.running) < self._limits.max_running:
+            sequence = self._waiting[0]
+            needed = self.blocks_for(len(sequence.tokens))
+            if needed > self._limits.num_blocks:
+                self.fail(sequence)  # it grew until not even the whole memory holds it
+                continue
+            # its former life must have left the stages before it starts anew, else a token could be drawn twice
+            if self.departures.is_leaving(sequence.number) or self._blocks.num_free - needed < len(self.running):
+                return
+            del self._waiting[0]
+            most = len(sequence.prompt) + sequence.options.max_tokens
+            taken = self._blocks.take(sequence.number, needed, expected=self.blocks_for(most))
+            sequence.unsent_blocks.extend(taken)
+            self.running[sequence.id] = sequence
+
+    def make_room(self, sequence: Sequence, num_tokens: int, chosen: dict[str, int]) -> bool:
+        """Blocks for so many tokens of a sequence, at the expense of the newest if there are no others.
+
+        Who has to give way is taken out of `chosen`. False: there is no room for now, or the sequence itself gave way.
+        """
+        if sequence.id not in self.running:
+            return False  # it was the newest when another needed room
+        needed = self.blocks_for(num_tokens) - self._blocks.held(sequence.number)
+        while needed > self._blocks.num_free:
+            if self.departures.numbers:
+                return False  # blocks are about to be free
+            newest = max(self.running.values(), key=lambda one: one.arrival)
+            if newest is sequence and len(self.running) == 1:
+                self.fail(sequence)
+                return False
+            self._preempt(newest)
+            chosen.pop(newest.id, None)
+            if newest is sequence:
+                return False
+        if needed > 0:
+            sequence.unsent_blocks.extend(self._blocks.take(sequence.number, needed))
+        return True
+
+    def step_returned(self, step: int, traffic: Traffic, closes: Mapping[str, int]) -> None:
+        """A step came back: what could only have been on its way before it is not any more."""
+        for number in self.departures.step_returned(step, traffic, closes):
+            self._blocks.release(number)
+
+    def nothing_on_its_way(self, step: int) -> None:
+        """See `Departures.nothing_on_its_way`."""
+        for number in self.departures.nothing_on_its_way(step):
+            self._blocks.release(number)
+
+    def forget(self, sequence: Sequence) -> None:
+        """It is done, or nobody wants it any more."""
+        del self._sequences[sequence.id]
+        if sequence.id in self.running:
+            self._leave_stages(sequence)
+        else:
+            self._waiting.remove(sequence)
+
+    def fail(self, sequence: Sequence) -> None:
+        """Give it up; `take_failed` tells."""
+        self._failed.append(sequence.id)
+        self.forget(sequence)
+
+    def take_failed(self) -> tuple[str, ...]:
+        """Those given up since the last call."""
+        failed, self._failed = tuple(self._failed), []
+        return failed
+
+    def check_invariants(self) -> None:
+        """Assert what must hold after every event."""
+        self._blocks.check_invariants()
+        assert len(self.running) <= self._limits.max_running
+        assert {sequence.id for sequence in self._waiting} | set(self.running) == set(self._sequences)
+        assert len(self._waiting) + len(self.running) == len(self._sequences)
+        assert [one.arrival for one in self._waiting] == sorted(one.arrival for one in self._waiting)
+        for sequence in self._waiting:
+            assert self._blocks.held(sequence.number) == 0 or self.departures.is_leaving(sequence.number)
+            assert sequence.planned == sequence.confirmed == sequence.kept == 0
+            assert not sequence.is_open
+        held = sum(self._blocks.held(number) for number in self.departures.numbers)
+        for sequence in self.running.values():
+            assert not self.departures.is_leaving(sequence.number)
+            assert sequence.confirmed <= sequence.planned <= len(sequence.tokens)
+            assert not sequence.kept or sequence.planned <= sequence.kept < len(sequence.tokens)
+            held += self._blocks.held(sequence.number)
+            assert self._blocks.held(sequence.number) >= self.blocks_for(max(sequence.planned, sequence.kept))
+        assert held == self._limits.num_blocks - self._blocks.num_free
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.preemptions += 1
+        self._leave_stages(sequence)
+        insort(self._waiting, sequence, key=lambda one: one.arrival)
+
+    def _leave_stages(self, sequence: Sequence) -> None:
+        del self.running[sequence.id]
+        leaving = Leaving(
+            id=sequence.id,
+            number=sequence.number,
+            last_steps=dict(sequence.last_steps),
+            opened_by=sequence.opened_by,
+        )
+        sequence.forget_stages()
+        if self.departures.leave(leaving):
+            self._blocks.release(leaving.number)
