@@ -30,6 +30,7 @@ from molink_common.messages import (
     SubmitSequence,
     Welcome,
 )
+from molink_scheduler.disconnects import worker_gone
 from molink_scheduler.events import (
     CancelAsked,
     Event,
@@ -41,6 +42,7 @@ from molink_scheduler.events import (
     StoreEmptied,
     Tick,
     TokensArrived,
+    WorkerDisconnected,
 )
 from molink_scheduler.instructions import (
     AppendTokens,
@@ -172,6 +174,7 @@ class Scheduler:
                 await bus.subscribe(subjects.RESUME, self._hear_resume),
                 await serve(bus, subjects.ALL_TOKENS, self._hear_tokens, StepTokens),
                 await serve(bus, subjects.ALL_HEARTBEATS, self._hear_heartbeat, Heartbeat),
+                await bus.subscribe(subjects.BROKER_DISCONNECTS, self._hear_disconnect),
                 await serve(bus, subjects.CANCEL, self._hear_cancel, CancelSequence),
                 await serve(bus, subjects.ALL_GATEWAYS_ALIVE, self._hear_gateway, GatewayAlive),
                 await serve(bus, subjects.JOIN, self._hear_join, JoinPool),
@@ -271,6 +274,11 @@ class Scheduler:
 
     async def _hear_heartbeat(self, heartbeat: Heartbeat) -> None:
         self._post(HeartbeatArrived(heartbeat))
+
+    async def _hear_disconnect(self, incoming: Incoming) -> None:
+        worker = worker_gone(incoming.data)
+        if worker is not None:
+            self._post(WorkerDisconnected(worker))
 
     async def _hear_cancel(self, cancel: CancelSequence) -> None:
         self._post(CancelAsked(cancel.sequence, cancel.reason))
