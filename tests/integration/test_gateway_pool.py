@@ -36,6 +36,8 @@ from molink_common.messages import (
     ModelCard,
     PipelineState,
     Refused,
+    Resumed,
+    ResumeSequence,
     SequenceFailed,
     StepTokens,
     SubmitSequence,
@@ -123,6 +125,10 @@ class FakePool:
         self.asked = asyncio.Event()
         self.may_admit = asyncio.Event()
         self.may_admit.set()
+        self.epoch = 0
+        self.resumed: asyncio.Queue[ResumeSequence] = asyncio.Queue()
+        self.books: dict[str, SubmitSequence] = {}
+        self.said: dict[str, dict[int, TokenEvent]] = {}
         self._step = 0
         self._admitted: set[str] = set()
         self._answers: set[asyncio.Task[None]] = set()
@@ -130,7 +136,7 @@ class FakePool:
     def state(self, *, ready: bool = True, reason: str = "ready", card: ModelCard | None = None) -> ClusterState:
         pipeline = PipelineState(
             pipeline=0,
-            epoch=0,
+            epoch=self.epoch,
             ready=True,
             model=self.card.name,
             dtype=Dtype.FLOAT32,
@@ -165,9 +171,15 @@ class FakePool:
         await self.say_step([event])
 
     async def say_step(self, events: Sequence[TokenEvent], failed: Sequence[str] = ()) -> None:
+        for event in events:
+            self.keep(event)
         self._step += 1
-        step = StepTokens(pipeline=0, epoch=0, step=self._step, events=tuple(events), failed=tuple(failed))
+        step = StepTokens(pipeline=0, epoch=self.epoch, step=self._step, events=tuple(events), failed=tuple(failed))
         await self.bus.send(subjects.tokens(0), step)
+
+    def keep(self, event: TokenEvent) -> None:
+        """The scheduler has this token, whether or not a gateway has it."""
+        self.said.setdefault(event.sequence, {}).setdefault(event.index, event)
 
     async def say_text(self, submit: SubmitSequence) -> None:
         """The text's tokens one by one, then the end of text, or as many as `max_tokens` allows."""
@@ -200,6 +212,7 @@ class FakePool:
     async def running(self) -> AsyncIterator[None]:
         subscriptions = [
             await serve(self.bus, subjects.SUBMIT, self._submit, SubmitSequence),
+            await serve(self.bus, subjects.RESUME, self._resume, ResumeSequence),
             await serve(self.bus, subjects.CANCEL, self._cancel, CancelSequence),
             await serve(self.bus, subjects.STATUS, self._status, AskState),
             await serve(self.bus, subjects.ALL_GATEWAYS_ALIVE, self._alive, GatewayAlive),
@@ -222,6 +235,7 @@ class FakePool:
         if refused is not None:
             return refused
         self._admitted.add(submit.sequence)
+        self.books[submit.sequence] = submit
         self.submitted.put_nowait(submit)
         task = asyncio.create_task(self._run(submit))
         self._answers.add(task)
@@ -229,6 +243,16 @@ class FakePool:
 
     async def _run(self, submit: SubmitSequence) -> None:
         await self.answer(submit)
+
+    async def _resume(self, asked: ResumeSequence) -> Message:
+        self.resumed.put_nowait(asked)
+        request = self.books.get(asked.sequence)
+        if request is None:
+            return Failed(message="no such sequence")
+        said = self.said.get(asked.sequence, {})
+        events = [said[index] for index in range(len(said)) if index in said]
+        finish = events[-1].finish if events else None
+        return Resumed(request=request, generated=tuple(event.token for event in events), finish=finish)
 
     async def _cancel(self, cancel: CancelSequence) -> None:
         if cancel.sequence in self._admitted:  # as the scheduler does: what is not in its books is ignored

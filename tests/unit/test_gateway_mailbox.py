@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from molink_common.messages import FinishReason, TokenEvent
@@ -83,3 +85,51 @@ async def test_what_was_cancelled_is_not_listened_to() -> None:
     box.end(A)
     box.put(event(0))
     assert await box.take(0.01) == []
+
+
+async def test_holes_and_silences_are_doubted_less_and_less_often() -> None:
+    doubted: list[str] = []
+    patience = Patience(queue_timeout_s=9, stall_timeout_s=9, gap_timeout_s=9, doubt_hole_s=0.02, doubt_silence_s=0.03)
+    box = Mailbox((A, B), patience, doubted.append)
+    while not doubted:
+        assert await box.take(0.05) == []
+    assert set(doubted) == {A, B}
+    box.put(event(0, sequence=B, finish=FinishReason.STOP))
+    assert len(await box.take(1)) == 1
+    doubted.clear()
+    began_s = asyncio.get_running_loop().time()
+    box.put(event(1))
+    while len(doubted) < 3:
+        assert await box.take(0.05) == []
+    assert doubted == [A, A, A]
+    assert asyncio.get_running_loop().time() - began_s >= 0.02 + 0.04 + 0.08 - 0.01
+
+
+async def test_what_the_scheduler_has_fills_the_hole_and_no_more() -> None:
+    box = mailbox()
+    for index in (0, 3):
+        box.put(event(index))
+    assert len(await box.take(1)) == 1
+    box.fill(A, (0, 1, 2, 3, 4), FinishReason.LENGTH)
+    items = await box.take(1)
+    assert [(one.index, one.finish) for _, one in items] == [(1, None), (2, None), (3, None), (4, FinishReason.LENGTH)]
+    assert box.has_ended(A)
+    assert box.num_in_order(A) == 5
+
+
+async def test_who_may_come_back() -> None:
+    box = mailbox()
+    assert not box.runs_on
+    box.outlives_client = True
+    assert box.runs_on
+    box.interrupt(ApiError(503, "stopping"))
+    assert box.runs_on
+    with pytest.raises(ApiError, match="stopping"):
+        await box.take(1)
+    box = mailbox(queue_s=0.01)
+    box.outlives_client = True
+    with pytest.raises(ApiError, match="first token"):
+        await box.take(1)
+    assert not box.runs_on
+    box.interrupt(ApiError(503, "stopping"))
+    assert not box.runs_on
