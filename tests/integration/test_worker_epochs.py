@@ -173,9 +173,9 @@ async def test_sequences_go_on_in_a_new_epoch_with_what_the_stages_hold(pool: Po
             counts = [len(pool.tokens.get(one, ())) for one in sequences]
             await pool.until(lambda: all(len(pool.tokens.get(one, ())) > 5 + 20 * epoch for one in sequences))  # noqa: B023  awaited here
             assert all(count < 300 for count in counts), "the epochs came too late to test anything"
-            for index, name in reversed(list(enumerate(names))):
+            for index, name in enumerate(names):
                 assert await pool.order(name, continued(pool, index, 3, epoch)) == Done()
-                await pool.until(lambda: is_ready(pool, name, epoch))  # noqa: B023  awaited here
+            await pool.until(lambda: all(is_ready(pool, name, epoch) for name in names))  # noqa: B023  awaited here
         late = await pool.start(names[0], [9], 10, epoch=4)
         await pool.until(lambda: all(one in pool.finishes for one in (*sequences, late)), 20)
         for number, one in enumerate(sequences, start=1):
@@ -194,12 +194,12 @@ async def test_a_replaced_stage_takes_part_where_the_others_go_on(pool: Pool, lo
         sequences = [await pool.start(names[0], [number, 5], 120) for number in range(1, 4)]
         await pool.until(lambda: all(len(pool.tokens.get(one, ())) > 5 for one in sequences))
         lost, names[1] = names[1], spare
-        for index, name in reversed(list(enumerate(names))):
+        for index, name in enumerate(names):
             order = continued(pool, index, 3, 2, rebuild=1)
             if index == 1:
                 order = order.model_copy(update={"continues_epoch": None})
             assert await pool.order(name, order) == Done()
-            await pool.until(lambda: is_ready(pool, name, 2))  # noqa: B023  awaited here
+        await pool.until(lambda: all(is_ready(pool, name, 2) for name in names))
         await pool.until(lambda: all(one in pool.finishes for one in sequences), 20)
         for number, one in enumerate(sequences, start=1):
             assert pool.tokens[one] == expected_text([number, 5], 120)
