@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.placement import DTYPE, SETTINGS, bottleneck_s, brute_force, random_card, random_pool
 from molink_common.messages import Dtype, ModelCard
-from molink_scheduler.placement import Offer, Placement, PlacementSettings, place
+from molink_scheduler.placement import (
+    Forecast,
+    LayerMap,
+    Offer,
+    Placement,
+    PlacementSettings,
+    can_hold,
+    is_worth_moving,
+    place,
+    predicted_step_s,
+)
 from tests.scheduler_builders import make_card
 
 
@@ -27,14 +41,20 @@ def models(draw: st.DrawFn) -> ModelCard:
 
 @st.composite
 def pools(draw: st.DrawFn) -> list[Offer]:
-    memory = draw(st.lists(st.integers(0, 300_000), max_size=8))
-    return [Offer(worker=f"w{i}", memory_bytes=size, site=draw(st.sampled_from("ab"))) for i, size in enumerate(memory)]
+    memory = draw(st.lists(st.integers(0, 300_000), max_size=12))
+    speeds = draw(st.sampled_from((st.none(), st.none() | st.floats(1e7, 1e12))))
+    return [
+        Offer(worker=f"w{i}", memory_bytes=size, site=draw(st.sampled_from("ab")), parameters_per_s=draw(speeds))
+        for i, size in enumerate(memory)
+    ]
 
 
 bounds = st.builds(
     PlacementSettings,
     min_stages=st.integers(1, 3),
     max_stages=st.none() | st.integers(3, 4),
+    max_pipelines=st.integers(1, 3),
+    hold_back=st.integers(0, 2),
     kv_tokens=st.integers(1, 4096),
     min_kv_tokens=st.integers(1, 512),
     block_size=st.sampled_from((1, 16, 64)),
@@ -57,11 +77,19 @@ def check(card: ModelCard, pool: list[Offer], dtype: Dtype, limits: PlacementSet
         assert placement.problem
         return
     assert placement.problem is None and placement.missing_bytes == 0
-    (layer_map,) = placement.pipelines
+    assert len(placement.pipelines) <= limits.max_pipelines
+    assert len(placement.workers) == sum(len(layer_map.stages) for layer_map in placement.pipelines)
+    for layer_map in placement.pipelines:
+        check_pipeline(card, pool, dtype, limits, layer_map)
+
+
+def check_pipeline(
+    card: ModelCard, pool: list[Offer], dtype: Dtype, limits: PlacementSettings, layer_map: LayerMap
+) -> None:
     memory = {offer.worker: offer.memory_bytes for offer in pool}
     layers = [layer for stage in layer_map.stages for layer in range(stage.first_layer, stage.last_layer)]
     assert layers == list(range(card.num_layers))
-    assert len({stage.worker for stage in layer_map.stages}) == len(layer_map.stages)
+    assert all(stage.first_layer < stage.last_layer for stage in layer_map.stages)
     assert limits.min_stages <= len(layer_map.stages) <= (limits.max_stages or card.num_layers)
     kv_tokens = layer_map.num_blocks * limits.block_size
     assert layer_map.num_blocks >= 1
@@ -84,7 +112,7 @@ def test_every_layer_once_in_order_and_within_memory(
 
 @given(card=models(), count=st.integers(1, 8))
 @settings(max_examples=100, deadline=None)
-def test_a_pool_with_plenty_uses_everybody_it_may(card: ModelCard, count: int) -> None:
+def test_a_pool_with_plenty_of_unmeasured_workers_uses_everybody_it_may(card: ModelCard, count: int) -> None:
     pool = [Offer(worker=f"w{i}", memory_bytes=10**9) for i in range(count)]
     placement = place(card, pool, dtype=Dtype.FLOAT32, settings=PlacementSettings(overhead_bytes=0))
     check(card, pool, Dtype.FLOAT32, PlacementSettings(overhead_bytes=0), placement)
@@ -100,3 +128,60 @@ def test_what_is_missing_is_what_would_do_on_one_worker(card: ModelCard, dtype: 
     placement = place(card, short, dtype=dtype, settings=limits)
     assert not placement.pipelines
     assert place(card, [Offer(worker="w", memory_bytes=enough)], dtype=dtype, settings=limits).pipelines
+
+
+dice = st.randoms(use_true_random=False)
+
+
+@given(dice=dice, workers=st.integers(2, 6), sites=st.integers(1, 3))
+@settings(max_examples=60, deadline=None)
+def test_small_pools_are_placed_as_well_as_by_brute_force(dice: random.Random, workers: int, sites: int) -> None:
+    card = random_card(dice, num_layers=dice.randint(workers, 12))
+    pool = random_pool(dice, card, workers=workers, sites=sites)
+    least = dice.choice((1, 1, 2, 3))
+    bests = {(few, stages): best for (few, stages), best in brute_force(card, pool).items() if stages >= least}
+    placement = place(card, pool, dtype=DTYPE, settings=replace(SETTINGS, min_stages=least))
+    assert bool(placement.pipelines) == bool(bests)
+    if bests:
+        best_s = min(bests.values())
+        assert bottleneck_s(card, pool, placement) <= best_s * 1.03
+        # what is clearly within the tolerance may cost no further crossing
+        crossings = Forecast(card, pool, dtype=DTYPE).crossings(placement.pipelines[0])
+        assert crossings <= min(few for (few, _), slowest_s in bests.items() if slowest_s <= best_s * 1.02)
+
+
+@given(dice=dice, workers=st.integers(2, 12), sites=st.integers(1, 3))
+@settings(max_examples=60, deadline=None)
+def test_a_little_noise_moves_nothing(dice: random.Random, workers: int, sites: int) -> None:
+    card = random_card(dice, num_layers=dice.randint(4, 40))
+    pool = random_pool(dice, card, workers=workers, sites=sites)
+    before = place(card, pool, dtype=DTYPE, settings=SETTINGS)
+    noisy = [
+        replace(one, parameters_per_s=one.parameters_per_s and one.parameters_per_s * dice.uniform(0.97, 1.03))
+        for one in pool
+    ]
+    after = place(card, noisy, dtype=DTYPE, settings=SETTINGS)
+    assert bool(before.pipelines) == bool(after.pipelines)
+    if before.pipelines:
+        assert not is_worth_moving(before.pipelines[0], after, noisy, card, dtype=DTYPE)
+
+
+@given(dice=dice, workers=st.integers(2, 8))
+@settings(max_examples=60, deadline=None)
+def test_a_placed_stage_fits_its_worker_and_no_block_more_fits_all(dice: random.Random, workers: int) -> None:
+    card = random_card(dice, num_layers=dice.randint(4, 20))
+    pool = random_pool(dice, card, workers=workers, sites=2)
+    for layer_map in place(card, pool, dtype=DTYPE, settings=SETTINGS).pipelines:
+        offers = {offer.worker: offer for offer in pool}
+
+        def fits(num_blocks: int, layer_map: LayerMap = layer_map, offers: dict[str, Offer] = offers) -> bool:
+            return all(
+                can_hold(card, offers[stage.worker], stage.first_layer, stage.last_layer, num_blocks, DTYPE)
+                for stage in layer_map.stages
+            )
+
+        assert fits(layer_map.num_blocks)
+        assert layer_map.num_blocks == SETTINGS.kv_tokens // SETTINGS.block_size or not fits(layer_map.num_blocks + 1)
+        forecast = Forecast(card, pool, dtype=DTYPE)
+        assert 0 < max(forecast.stages_s(layer_map)) <= forecast.bottleneck_s(layer_map)
+        assert predicted_step_s(layer_map, pool, card, dtype=DTYPE) >= sum(forecast.stages_s(layer_map))

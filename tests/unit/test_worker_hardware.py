@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from molink_stage_worker.hardware import _cgroup_room_bytes
+from molink_common.messages import Dtype
+from molink_stage_worker.hardware import _cgroup_room_bytes, inspect, parameters_per_s
 
 
 def write(folder: Path, files: dict[str, str]) -> Path:
@@ -29,3 +30,15 @@ def write(folder: Path, files: dict[str, str]) -> Path:
 )
 def test_the_room_below_a_limit(tmp_path: Path, files: dict[str, str], room: int | None) -> None:
     assert _cgroup_room_bytes(write(tmp_path, files)) == room
+
+
+def test_the_speed_is_measured_in_any_format_and_within_bounds_of_reason() -> None:
+    for dtype in Dtype:
+        speed = parameters_per_s("cpu", dtype)
+        # from a single slow core to far more than any CPU reads
+        assert speed is not None and 1e7 < speed < 1e13
+    assert inspect(device="cpu", memory_bytes=1).parameters_per_s is not None
+
+
+def test_a_device_that_cannot_be_measured_has_no_speed() -> None:
+    assert parameters_per_s("meta", Dtype.FLOAT32) is None

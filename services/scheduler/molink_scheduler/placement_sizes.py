@@ -23,6 +23,8 @@ STAGE_S = 1e-3
 """What a step costs a stage beside its layers: receiving, masks and positions, sending."""
 _TYPICAL_PARAMETERS_PER_S = 13e9
 """One core of a server CPU. Only the unit of time where no speed was measured."""
+_AMPLE = 8
+"""Times the least KV room: for as much, a pipeline takes more stages than its speed needs."""
 _SLOW_ROUND_TRIP_S = 5e-3
 """From here on a measured link counts as a slow crossing."""
 _UNMEASURED_CROSSING_S = 20e-3
@@ -64,6 +66,7 @@ class Sizes:
         self.most_blocks = max(1, settings.kv_tokens // settings.block_size)
         least_tokens = min(settings.min_kv_tokens, settings.kv_tokens, card.context_length)
         self.least_blocks = min(self.most_blocks, -(-least_tokens // settings.block_size))
+        self.ample_blocks = min(self.most_blocks, _AMPLE * self.least_blocks)
         layers = card.layer_parameters
         # the embedding is a look-up: it is held, at no time; it counts for the stage that begins at layer 0
         self._held = [0, *(total + card.embedding_parameters for total in accumulate(layers))]
@@ -73,7 +76,6 @@ class Sizes:
         self._kv_bytes = [0, *accumulate(kv * scalar * settings.block_size for kv in card.kv_scalars_per_token)]
         self._scalar = scalar
         self._layer_parameters = sum(layers) / card.num_layers
-        self._layer_bytes = (sum(layers) * scalar + self.least_blocks * self._kv_bytes[-1]) / card.num_layers
         self.smallest_layer_bytes = min(
             layers[i] * scalar + self.least_blocks * self.block_bytes(i, i + 1) for i in range(card.num_layers)
         )
@@ -135,9 +137,11 @@ class Sizes:
                 low = middle + 1
         return low
 
-    def usual_reach(self, candidate: Candidate, most_s: float) -> int:
+    def usual_reach(self, candidate: Candidate, most_s: float, num_blocks: int) -> int:
         """How many layers of the mean size keep within time and memory."""
-        pace, room = candidate.pace, candidate.room_bytes / max(self._layer_bytes, 1)
+        pace = candidate.pace
+        layer_bytes = self._layer_parameters * self._scalar + num_blocks * self._kv_bytes[-1] / self.num_layers
+        room = candidate.room_bytes / max(layer_bytes, 1)
         time = (most_s - pace.stage_s) / (self._layer_parameters * pace.parameter_s + pace.layer_s)
         return int(max(0.0, min(room, time, self.num_layers)))
 

@@ -1,4 +1,4 @@
-"""How the least time is searched for which something is enough."""
+"""How the least time is searched for that is enough, and the most of something else that fits in."""
 
 from __future__ import annotations
 
@@ -24,3 +24,10 @@ def least_time(is_enough: Callable[[float], bool], enough_s: float) -> float:
         else:
             short_s = middle_s
     return enough_s
+
+
+def most_of(is_possible: Callable[[int], bool], least: int, most: int) -> int:
+    """The most that is possible, to a factor of two; `least` is, and so is whatever is less."""
+    while most > least and not is_possible(most):
+        most = max(least, most // 2)
+    return most
