@@ -28,6 +28,7 @@ async def test_it_waits_for_a_scheduler_and_ends_when_told_to(bus: NatsBus, nats
             while "no scheduler listens" not in ((beat := await beats.get()).preparing or ""):
                 assert not beat.leaving
             assert (beat.memory_bytes, beat.device, beat.card, beat.stage) == (1 << 30, "cpu", None, None)
+            assert beat.parameters_per_s is not None
             process.send_signal(signal.SIGTERM)
             while not (await beats.get()).leaving:
                 pass

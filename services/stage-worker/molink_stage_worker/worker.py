@@ -240,6 +240,7 @@ class Worker:
             leaving=self._leaving,
             stage=None if self._slot is None else self._slot.report(),
             preloaded=() if self._slot is None else self._slot.preloaded,
+            parameters_per_s=self._hardware.parameters_per_s,
         )
 
     # --- orders ----------------------------------------------------------------------------------------------
