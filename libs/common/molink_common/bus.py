@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import nats
@@ -261,7 +263,7 @@ async def open_bus(
             refusals[:] = [error]
         if not client.is_connected and isinstance(error, (OSError, nats.errors.Error)):
             return  # the client tries again by itself; `disconnected` or `_connect` says so
-        log.warning("bus fault", problem=repr(error))
+        log.warning("bus fault", problem=repr(error), raised_at=_raised_at(error))
         if on_fault is not None:
             on_fault(repr(error))
 
@@ -335,6 +337,14 @@ async def _connect(
         else:
             client.options["max_reconnect_attempts"] = -1
             return
+
+
+def _raised_at(error: Exception) -> str | None:
+    """Where a handler failed, innermost first; None for what the client tells of the connection."""
+    if isinstance(error, (OSError, nats.errors.Error)):
+        return None
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    return " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames)) or None
 
 
 def _without_password(url: str) -> str:
