@@ -18,6 +18,8 @@ from molink_common.messages import (
     FinishReason,
     Heartbeat,
     LayerRange,
+    Resumed,
+    ResumeSequence,
     SequencesHeld,
     StagePhase,
     StageReport,
@@ -35,6 +37,7 @@ from molink_scheduler.events import (
     HeartbeatArrived,
     PreloadAnswered,
     Restored,
+    ResumeAsked,
     SequenceSaved,
     SequencesHeldArrived,
     SequenceSubmitted,
@@ -142,6 +145,10 @@ class SchedulerMachine(RuleBasedStateMachine):
                 if isinstance(message, Admitted):
                     assert sequence in self.store
                     self.admitted.add(sequence)
+                elif isinstance(message, Resumed):
+                    true = [true_token(sequence, i) for i in range(MAX_TOKENS)]
+                    assert list(message.generated) == true[: len(message.generated)]
+                    assert (message.finish is not None) == (len(message.generated) == MAX_TOKENS)
             case FailSequence(_, failed):
                 assert failed.sequence in self.admitted
             case SaveSequence(record):
@@ -274,12 +281,24 @@ class SchedulerMachine(RuleBasedStateMachine):
         if twice and not isinstance(event, EpochTaken):
             self.post(event)
 
-    @rule()
-    def submit(self) -> None:
+    @rule(is_resumable=st.booleans())
+    def submit(self, is_resumable: bool) -> None:
         self.number += 1
         sequence = f"{self.number:016x}"
         self.submitted[self.number] = sequence
-        self.post(SequenceSubmitted(make_request(sequence, max_tokens=MAX_TOKENS), self.number))
+        request = make_request(sequence, max_tokens=MAX_TOKENS)
+        if is_resumable:
+            request = request.model_copy(update={"resume_state": "{}"})
+        self.post(SequenceSubmitted(request, self.number))
+
+    @precondition(lambda self: self.admitted)
+    @rule(data=st.data())
+    def resume(self, data: st.DataObject) -> None:
+        sequence = data.draw(st.sampled_from(sorted(self.admitted)))
+        self.number += 1
+        self.submitted[self.number] = sequence
+        self.post(ResumeAsked(ResumeSequence(sequence=sequence, gateway="g1"), self.number))
+        assert self.number not in self.submitted, "answered at once"
 
     @precondition(lambda self: self.admitted)
     @rule(data=st.data())
@@ -345,9 +364,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             if sequence.phase is not SequencePhase.SAVING:
                 assert list(self.store[sequence.id].tokens) == sequence.generated
         for sequence_id in self.admitted:
-            assert (sequence_id in books.sequences) != (sequence_id in self.ended), (
-                "admitted, and neither kept nor ended"
-            )
+            places = (books.sequences, books.ended, self.ended)
+            assert sum(sequence_id in place for place in places) == 1, "admitted, and neither kept nor ended"
         self.machine.state(now_s=self.now_s)
 
     def teardown(self) -> None:

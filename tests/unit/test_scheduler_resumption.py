@@ -34,8 +34,21 @@ def ask(driver: Driver, sequence: str = S1, gateway: str = "g2") -> list[Instruc
     return driver.do(ResumeAsked(ResumeSequence(sequence=sequence, gateway=gateway), 9))
 
 
+def answer(done: list[Instruction]) -> object:
+    (reply,) = done
+    assert isinstance(reply, ReplyTo)
+    return reply.message
+
+
 def record_of(sequence: str, gateway: str = "g1", finish: FinishReason | None = None) -> SequenceRecord:
-    return SequenceRecord(request=request_of(sequence, gateway), fingerprint="f" * 16, started_epoch=1, finish=finish)
+    num_generated = None if finish is None else 2
+    return SequenceRecord(
+        request=request_of(sequence, gateway),
+        fingerprint="f" * 16,
+        started_epoch=1,
+        finish=finish,
+        num_generated=num_generated,
+    )
 
 
 def finish(driver: Driver, sequence: str = S1) -> list[Instruction]:
@@ -60,15 +73,53 @@ def test_it_runs_on_when_its_gateway_is_silent_and_is_kept_with_its_last_token()
     assert driver.wait(59, beats=BEATS) == []
     assert ask(driver) == [ReplyTo(9, resumed)]
     assert driver.wait(1.5, beats=BEATS) == [DeleteSequence(S1)]
-    assert isinstance(ask(driver)[0].message, Failed)  # type: ignore[union-attr]
+    assert isinstance(answer(ask(driver)), Failed)
 
 
-def test_others_are_not_kept_and_not_handed_over() -> None:
+def test_others_are_handed_to_their_own_gateway_only_and_kept_for_seconds_and_in_memory() -> None:
     driver = ready_driver()
     run_sequence(driver, make_request(S1))
-    assert isinstance(ask(driver)[0].message, Failed)  # type: ignore[union-attr]
+    assert isinstance(answer(ask(driver)), Failed)
+    assert ask(driver, gateway="g1") == [ReplyTo(9, Resumed(request=make_request(S1), generated=(11,)))]
     assert finish(driver) == [DeleteSequence(S1)]
-    assert isinstance(ask(driver)[0].message, Failed)  # type: ignore[union-attr]
+    assert isinstance(answer(ask(driver)), Failed)
+    resumed = Resumed(request=make_request(S1), generated=(11, 12), finish="stop")
+    assert ask(driver, gateway="g1") == [ReplyTo(9, resumed)]
+    driver.wait(15.5, beats=BEATS)
+    assert isinstance(answer(ask(driver, gateway="g1")), Failed)
+
+
+def test_a_stop_string_ends_it_with_the_tokens_that_count() -> None:
+    driver = running()
+    driver.do(TokensArrived(make_step(1, (S1, 1, 12, None), (S1, 2, 13, None))))
+    done = driver.do(CancelAsked(S1, "a stop string was met", 2))
+    assert [type(one) for one in done] == [StopSequenceAt, SaveSequence]
+    assert answer(ask(driver)) == Resumed(request=request_of(S1), generated=(11, 12), finish="stop")
+    assert isinstance(done[1], SaveSequence)
+    stored = StoredSequence(record=done[1].record, tokens=(11, 12, 13))
+    again = Driver(snapshot=Snapshot(sequences=(stored,)))
+    assert answer(ask(again)) == Resumed(request=request_of(S1), generated=(11, 12), finish="stop")
+
+
+def test_it_goes_on_until_the_tokens_that_count_are_here() -> None:
+    driver = running()
+    assert driver.do(CancelAsked(S1, "a stop string was met", 2)) == []
+    done = driver.do(TokensArrived(make_step(1, (S1, 1, 12, None), (S1, 2, 13, None))))
+    assert [type(one) for one in done] == [AppendTokens, StopSequenceAt, SaveSequence]
+    assert driver.machine.books.ended[S1].generated == (11, 12)
+
+
+def test_tokens_that_count_and_were_missed_are_made_again() -> None:
+    driver = running()
+    driver.do(CancelAsked(S1, "a stop string was met", 3))
+    done = driver.do(TokensArrived(make_step(1, (S1, 2, 13, None))))
+    assert [type(one) for one in done] == [StopSequenceAt, StartSequenceAt]
+
+
+def test_for_other_sequences_a_stop_string_is_the_end() -> None:
+    driver = ready_driver()
+    run_sequence(driver, make_request(S1))
+    assert driver.do(CancelAsked(S1, "a stop string was met", 1))[-1] == DeleteSequence(S1)
 
 
 def test_an_ended_one_survives_restarts_and_an_empty_store() -> None:

@@ -170,6 +170,8 @@ class Sequence:
     pipeline: int | None = None
     """Where it was last started, and in which epoch."""
     epoch: int | None = None
+    ends_after: int | None = None
+    """How many tokens its gateway has use for, once that is known."""
     has_hole: bool = False
     """A token was missed since it was last started: what came after it is not kept."""
     attempts: int = 0
@@ -206,7 +208,7 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EndedSequence:
-    """A sequence that has ended and whose client may come back for the rest of it."""
+    """A sequence that has ended and that somebody may ask for."""
 
     record: SequenceRecord
     generated: tuple[int, ...]
@@ -225,7 +227,9 @@ class Books:
     sequences: dict[str, Sequence] = field(default_factory=dict)
     """In the order in which they came; ended ones are not here."""
     ended: dict[str, EndedSequence] = field(default_factory=dict)
-    """Those that are kept for a while, in the order in which they ended."""
+    """Those whose clients may come back, in the order in which they ended."""
+    recent: dict[str, EndedSequence] = field(default_factory=dict)
+    """Other ones, not in the store: their gateways may have missed the last tokens."""
     gateways_heard_s: dict[str, float] = field(default_factory=dict)
     finished_s: deque[float] = field(default_factory=lambda: deque(maxlen=64))
     """When the last sequences ended, for the estimate of a time to retry."""

@@ -68,10 +68,11 @@ class SequenceSaved:
 
 @dataclass(frozen=True, slots=True)
 class CancelAsked:
-    """A gateway has no more use for a sequence."""
+    """A gateway has no more use for a sequence, or none for what comes after some tokens of it."""
 
     sequence: str
     reason: str
+    after_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,8 +87,8 @@ class Machine:
                 yield from sequence_desk.submit(books, request, reply, now_s)
             case SequenceSaved(sequence):
                 yield from sequence_desk.saved(books, sequence, now_s)
-            case CancelAsked(sequence, reason):
-                yield from sequence_desk.cancel(books, sequence, reason, now_s)
+            case CancelAsked(sequence, reason, after_tokens):
+                yield from sequence_desk.cancel(books, sequence, reason, now_s, after_tokens=after_tokens)
             case ResumeAsked(request, reply):
                 yield from resumption.resume(books, request, reply, now_s)
                 yield from sequence_desk.mend(books, request.sequence, now_s)

@@ -76,6 +76,8 @@ class SequenceRecord(BaseModel):
     """The epoch whose head has confirmed that it holds the sequence."""
     finish: FinishReason | None = None
     """Why it ended; None while it is served."""
+    num_generated: int | None = None
+    """How many of its tokens count, once it has ended: a stop string may end it before the last of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,8 @@
-"""Streams that another gateway takes up: while they run, and for a minute after their end."""
+"""Sequences that are asked for again: by a gateway that missed tokens, or by one that goes on in place of another.
+
+While a sequence runs, and after its end: for a minute if its client knows how to come back, else for seconds and in
+memory only, for its own gateway.
+"""
 
 from __future__ import annotations
 
@@ -11,25 +15,35 @@ from molink_scheduler.records import SequenceRecord
 
 KEPT_S = 60.0
 MOST_KEPT = 1024
+RECENT_S = 15.0
+MOST_RECENT = 1024
 
 
 def keep(books: Books, record: SequenceRecord, generated: Sequence[int], now_s: float) -> Iterator[Instruction]:
-    """Have an ended sequence ready for whoever comes back for it; the oldest make room."""
-    books.ended[record.request.sequence] = EndedSequence(record=record, generated=tuple(generated), ended_s=now_s)
+    """Have a sequence ready that has ended; the oldest make room."""
+    ended = EndedSequence(record=record, generated=tuple(generated), ended_s=now_s)
+    if record.request.resume_state is not None:
+        books.ended[record.request.sequence] = ended
+    else:
+        books.recent[record.request.sequence] = ended
+        yield DeleteSequence(record.request.sequence)
+    while len(books.recent) > MOST_RECENT:
+        del books.recent[next(iter(books.recent))]
     while len(books.ended) > MOST_KEPT:
         yield from forget(books, next(iter(books.ended)))
 
 
 def time_passed(books: Books, now_s: float) -> Iterator[Instruction]:
-    """Nobody has come back for these."""
-    for sequence_id, ended in list(books.ended.items()):
-        if now_s - ended.ended_s < KEPT_S:
-            return
-        yield from forget(books, sequence_id)
+    """Nobody has asked for these."""
+    while books.recent and now_s - next(iter(books.recent.values())).ended_s >= RECENT_S:
+        del books.recent[next(iter(books.recent))]
+    while books.ended and now_s - next(iter(books.ended.values())).ended_s >= KEPT_S:
+        yield from forget(books, next(iter(books.ended)))
 
 
 def forget(books: Books, sequence_id: str) -> Iterator[Instruction]:
     """Nobody will want an ended sequence any more. Unknown ids are ignored."""
+    books.recent.pop(sequence_id, None)
     if books.ended.pop(sequence_id, None) is not None:
         yield DeleteSequence(sequence_id)
 
@@ -37,16 +51,20 @@ def forget(books: Books, sequence_id: str) -> Iterator[Instruction]:
 def resume(books: Books, asked: ResumeSequence, reply: int, now_s: float) -> Iterator[Instruction]:
     """Hand over what there is of a sequence; what comes later goes to the gateway that asks."""
     books.gateways_heard_s[asked.gateway] = now_s
-    ended, sequence = books.ended.get(asked.sequence), books.sequences.get(asked.sequence)
-    if ended is not None:
-        finish = ended.record.finish
-        assert finish is not None, "kept because it has ended"
-        yield ReplyTo(reply, Resumed(request=ended.record.request, generated=ended.generated, finish=finish))
-    elif sequence is None or sequence.phase is SequencePhase.SAVING or not sequence.is_resumable:
-        yield ReplyTo(reply, Failed(message=f"there is no stream of the sequence {asked.sequence} to go on with"))
+    ended = books.ended.get(asked.sequence) or books.recent.get(asked.sequence)
+    sequence = books.sequences.get(asked.sequence)
+    record = ended.record if ended is not None else sequence.record if sequence is not None else None
+    is_theirs = record is not None and asked.gateway == record.request.gateway
+    if record is None or not (is_theirs or record.request.resume_state is not None):
+        yield ReplyTo(reply, Failed(message=f"there is no sequence {asked.sequence} to go on with"))
+    elif ended is not None:
+        assert record.finish is not None, "kept because it has ended"
+        yield ReplyTo(reply, Resumed(request=record.request, generated=ended.generated, finish=record.finish))
+    elif sequence is None or sequence.phase is SequencePhase.SAVING:
+        yield ReplyTo(reply, Failed(message=f"the sequence {asked.sequence} is not admitted yet"))
     else:
-        if sequence.gateway != asked.gateway:
-            request = sequence.record.request.model_copy(update={"gateway": asked.gateway})
-            sequence.record = sequence.record.model_copy(update={"request": request})
+        if not is_theirs:
+            request = record.request.model_copy(update={"gateway": asked.gateway})
+            sequence.record = record.model_copy(update={"request": request})
             yield SaveSequence(sequence.record)
         yield ReplyTo(reply, Resumed(request=sequence.record.request, generated=tuple(sequence.generated)))

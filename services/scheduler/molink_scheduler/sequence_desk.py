@@ -6,29 +6,25 @@ from collections.abc import Iterator
 
 from molink_common.messages import (
     Admitted,
+    FinishReason,
     RefusalCode,
     Refused,
-    SequenceFailed,
     SequencesHeld,
-    StartSequence,
     StepTokens,
     StopSequence,
     SubmitSequence,
     TokenEvent,
 )
-from molink_scheduler import resumption
+from molink_scheduler import resumption, sequence_moves
 from molink_scheduler.admission import why_refused
 from molink_scheduler.books import Books, Pipeline, Sequence, SequencePhase
 from molink_scheduler.fitness import pool_card
 from molink_scheduler.instructions import (
     AppendTokens,
     AskSequencesOf,
-    DeleteSequence,
-    FailSequence,
     Instruction,
     ReplyTo,
     SaveSequence,
-    StartSequenceAt,
     StopSequenceAt,
 )
 from molink_scheduler.records import SequenceRecord, StoredSequence
@@ -73,14 +69,14 @@ def saved(books: Books, sequence_id: str, now_s: float) -> Iterator[Instruction]
         yield ReplyTo(reply, Admitted(sequence=sequence_id))
     sequence.replies.clear()
     sequence.move(SequencePhase.WAITING, now_s)
-    yield from _start(books, sequence, now_s)
+    yield from sequence_moves.start(books, sequence, now_s)
 
 
 def restore(books: Books, stored: StoredSequence, now_s: float) -> Iterator[Instruction]:
     """Take a sequence up again as it was kept."""
     record = stored.record
     if record.finish is not None:
-        yield from resumption.keep(books, record, stored.tokens, now_s)
+        yield from resumption.keep(books, record, stored.tokens[: record.num_generated], now_s)
         return
     at_head = next((one for one in books.pipelines.values() if _has_taken(one, record)), None)
     layout = at_head.layout if at_head is not None else None
@@ -105,7 +101,7 @@ def start_waiting(books: Books, now_s: float) -> Iterator[Instruction]:
     """A pipeline is ready: start whatever waits for it."""
     for sequence in list(books.sequences.values()):
         if sequence.phase is SequencePhase.WAITING:
-            yield from _start(books, sequence, now_s)
+            yield from sequence_moves.start(books, sequence, now_s)
 
 
 def pipeline_lost(books: Books, pipeline: Pipeline, now_s: float) -> None:
@@ -132,54 +128,6 @@ def pipeline_continued(books: Books, pipeline: Pipeline, now_s: float) -> None:
         sequence.epoch, sequence.attempts = layout.epoch, 0
 
 
-def _start(books: Books, sequence: Sequence, now_s: float) -> Iterator[Instruction]:
-    if not books.ready_pipelines:
-        return
-    pipeline = choose(books, sequence)
-    if pipeline is None:
-        yield from _fail_if_hopeless(books, sequence, now_s)
-        return
-    layout = pipeline.layout
-    assert layout is not None, "a pipeline that is ready has a layer map"
-    request = sequence.record.request
-    sequence.move(SequencePhase.STARTING, now_s)
-    sequence.pipeline, sequence.epoch = layout.pipeline, layout.epoch
-    sequence.has_hole = False
-    sequence.attempts += 1
-    start = StartSequence(
-        pipeline=layout.pipeline,
-        epoch=layout.epoch,
-        sequence=sequence.id,
-        prompt=request.prompt,
-        generated=tuple(sequence.generated),
-        options=request.options,
-        trace=request.trace,
-    )
-    yield StartSequenceAt(layout.head, start)
-
-
-def choose(books: Books, sequence: Sequence) -> Pipeline | None:
-    """Who is to serve a sequence; None when none that is ready can."""
-    for pipeline in books.ready_pipelines:
-        layout = pipeline.layout
-        assert layout is not None, "a pipeline that is ready has a layer map"
-        has_room = sequence.most_tokens <= layout.kv_capacity_tokens
-        if has_room and sequence.record.fingerprint == layout.card.fingerprint:
-            return pipeline
-    return None
-
-
-def _fail_if_hopeless(books: Books, sequence: Sequence, now_s: float) -> Iterator[Instruction]:
-    layouts = [one.layout for one in books.pipelines.values() if one.layout is not None]
-    if all(sequence.record.fingerprint != layout.card.fingerprint for layout in layouts):
-        yield from _fail(books, sequence, "the pool has changed to another model", now_s)
-        return
-    most = max(layout.kv_capacity_tokens for layout in layouts)
-    if sequence.most_tokens > most:
-        problem = f"the pipeline that is left holds {most} tokens, this request may need {sequence.most_tokens}"
-        yield from _fail(books, sequence, problem, now_s)
-
-
 def start_answered(
     books: Books, sequence_id: str, epoch: int, problem: str | None, now_s: float
 ) -> Iterator[Instruction]:
@@ -188,21 +136,12 @@ def start_answered(
     if sequence is None or sequence.epoch != epoch:
         return
     if problem is None and sequence.phase in (SequencePhase.STARTING, SequencePhase.RUNNING):
-        yield from _confirm(sequence, epoch, now_s)
+        yield from sequence_moves.confirm(sequence, epoch, now_s)
     elif problem is not None and sequence.phase is SequencePhase.STARTING:
         if sequence.attempts >= START_ATTEMPTS:
-            yield from _fail(books, sequence, f"the head does not take it: {problem}", now_s)
+            yield from sequence_moves.fail(books, sequence, f"the head does not take it: {problem}", now_s)
         else:
             sequence.move(SequencePhase.WAITING, now_s)
-
-
-def _confirm(sequence: Sequence, epoch: int, now_s: float) -> Iterator[Instruction]:
-    if sequence.phase is SequencePhase.STARTING:
-        sequence.move(SequencePhase.RUNNING, now_s)
-    if sequence.confirmed_s is None:
-        sequence.confirmed_s = now_s
-        sequence.record = sequence.record.model_copy(update={"started_epoch": epoch})
-        yield SaveSequence(sequence.record)
 
 
 def tokens(books: Books, step: StepTokens, now_s: float) -> Iterator[Instruction]:
@@ -225,16 +164,17 @@ def tokens(books: Books, step: StepTokens, now_s: float) -> Iterator[Instruction
             continue
         sequence.attempts = 0
         if step.epoch == layout.epoch:
-            yield from _confirm(sequence, step.epoch, now_s)
+            yield from sequence_moves.confirm(sequence, step.epoch, now_s)
         if is_next:
             sequence.generated.append(event.token)
             yield AppendTokens(event.sequence, event.index, (event.token,))
         elif event.index > len(sequence.generated):
             sequence.has_hole = True
+        yield from _end_where_told(books, sequence, now_s)
     for failed in step.failed:
         sequence = books.sequences.get(failed)
         if sequence is not None and (sequence.pipeline, sequence.epoch) == (step.pipeline, layout.epoch):
-            yield from _fail(
+            yield from sequence_moves.fail(
                 books,
                 sequence,
                 "the pipeline gave it up: its output was not finite, or its steps were lost again and again",
@@ -244,34 +184,47 @@ def tokens(books: Books, step: StepTokens, now_s: float) -> Iterator[Instruction
 
 
 def _finish(books: Books, sequence: Sequence, event: TokenEvent, now_s: float) -> Iterator[Instruction]:
-    books.finished_s.append(now_s)
-    if not sequence.is_resumable:
-        yield from _end(books, sequence, now_s)
-    elif event.index > len(sequence.generated):
-        # its tokens are promised to whoever comes back for them: those that were missed are made again
-        yield from _start_again(books, sequence, now_s)
-    else:
-        if event.index == len(sequence.generated):
-            sequence.generated.append(event.token)
+    assert event.finish is not None, "called at the end"
+    if event.index > len(sequence.generated):
+        # its gateway may have missed the same tokens, or somebody may come back for them: they are made again
+        yield from sequence_moves.start_again(books, sequence, now_s)
+        return
+    if event.index == len(sequence.generated):
+        sequence.generated.append(event.token)
+        if sequence.is_resumable:
             yield AppendTokens(event.sequence, event.index, (event.token,))
-        sequence.move(SequencePhase.ENDED, now_s)
-        del books.sequences[sequence.id]
-        record = sequence.record.model_copy(update={"finish": event.finish})
-        yield SaveSequence(record)
-        yield from resumption.keep(books, record, sequence.generated, now_s)
+    yield from sequence_moves.keep(books, sequence, event.finish, now_s)
 
 
-def cancel(books: Books, sequence_id: str, reason: str, now_s: float) -> Iterator[Instruction]:
-    """Free everything of a sequence. Unknown ids are ignored."""
-    yield from resumption.forget(books, sequence_id)
+def _end_where_told(books: Books, sequence: Sequence, now_s: float) -> Iterator[Instruction]:
+    """End it after the tokens that its gateway has use for, once they are here."""
+    if sequence.ends_after is None:
+        return
+    if len(sequence.generated) >= sequence.ends_after:
+        yield from sequence_moves.stop_at_head(books, sequence)
+        yield from sequence_moves.keep(books, sequence, FinishReason.STOP, now_s)
+    else:
+        yield from mend(books, sequence.id, now_s)
+
+
+def cancel(
+    books: Books, sequence_id: str, reason: str, now_s: float, *, after_tokens: int | None = None
+) -> Iterator[Instruction]:
+    """Free everything of a sequence, or keep it with the tokens that count. Unknown ids are ignored."""
     sequence = books.sequences.get(sequence_id)
+    if after_tokens is None:
+        yield from resumption.forget(books, sequence_id)
+    elif sequence is not None and sequence.is_resumable and sequence.phase is not SequencePhase.SAVING:
+        sequence.ends_after = after_tokens
+        yield from _end_where_told(books, sequence, now_s)
+        return
     if sequence is None:
         return
     for reply in sequence.replies:
         message = f"cancelled before it was admitted: {reason}"
         yield ReplyTo(reply, Refused(sequence=sequence_id, code=RefusalCode.NO_PIPELINE, message=message))
-    yield from _stop_at_head(books, sequence)
-    yield from _end(books, sequence, now_s)
+    yield from sequence_moves.stop_at_head(books, sequence)
+    yield from sequence_moves.end(books, sequence, now_s)
 
 
 def gateway_gone(books: Books, gateway: str, now_s: float) -> Iterator[Instruction]:
@@ -294,16 +247,16 @@ def time_passed(books: Books, now_s: float) -> Iterator[Instruction]:
             )
             for reply in sequence.replies:
                 yield ReplyTo(reply, refused)
-            yield from _end(books, sequence, now_s)
+            yield from sequence_moves.end(books, sequence, now_s)
         elif sequence.phase is SequencePhase.WAITING:
             if books.ready_pipelines and waited_s >= START_AGAIN_S:
-                yield from _start(books, sequence, now_s)
+                yield from sequence_moves.start(books, sequence, now_s)
             elif not books.ready_pipelines and waited_s >= books.settings.pipeline_wait_s:
                 problem = (
                     f"no pipeline could go on with it within {books.settings.pipeline_wait_s:g} s"
                     f" ({books.pipeline.lost_because or 'there is none'})"
                 )
-                yield from _fail(books, sequence, problem, now_s)
+                yield from sequence_moves.fail(books, sequence, problem, now_s)
     running = {one.pipeline for one in books.sequences.values() if one.phase is SequencePhase.RUNNING}
     is_deaf = books.deaf_until_s == now_s
     for pipeline in books.ready_pipelines:
@@ -335,11 +288,11 @@ def compare(books: Books, held: SequencesHeld, asked_at_s: float, now_s: float) 
         if sequence.id in at_head:
             sequence.is_restored = False
         elif sequence.is_restored and not sequence.is_resumable:
-            yield from _end(books, sequence, now_s)
+            yield from sequence_moves.end(books, sequence, now_s)
         elif sequence.attempts >= START_ATTEMPTS:
-            yield from _fail(books, sequence, "the head loses it again and again", now_s)
+            yield from sequence_moves.fail(books, sequence, "the head loses it again and again", now_s)
         else:
-            yield from _start_again(books, sequence, now_s)
+            yield from sequence_moves.start_again(books, sequence, now_s)
     for sequence_id in held.sequences:
         known = books.sequences.get(sequence_id)
         if known is None or known.pipeline not in (held.pipeline, None):
@@ -350,33 +303,5 @@ def mend(books: Books, sequence_id: str, now_s: float) -> Iterator[Instruction]:
     """Have the tokens that were missed made again, for a gateway that has not seen them either."""
     sequence = books.sequences.get(sequence_id)
     if sequence is not None and sequence.has_hole and sequence.phase is SequencePhase.RUNNING:
-        yield from _stop_at_head(books, sequence)
-        yield from _start_again(books, sequence, now_s)
-
-
-def _start_again(books: Books, sequence: Sequence, now_s: float) -> Iterator[Instruction]:
-    sequence.move(SequencePhase.WAITING, now_s)
-    sequence.confirmed_s, sequence.is_restored = None, False
-    yield from _start(books, sequence, now_s)
-
-
-def _stop_at_head(books: Books, sequence: Sequence) -> Iterator[Instruction]:
-    pipeline = books.pipelines.get(sequence.pipeline) if sequence.pipeline is not None else None
-    layout = pipeline.layout if pipeline is not None else None
-    if layout is not None and sequence.epoch == layout.epoch:
-        yield StopSequenceAt(layout.head, StopSequence(pipeline=layout.pipeline, sequence=sequence.id))
-
-
-def _fail(
-    books: Books, sequence: Sequence, problem: str, now_s: float, *, is_at_head: bool = True
-) -> Iterator[Instruction]:
-    yield FailSequence(sequence.gateway, SequenceFailed(sequence=sequence.id, message=problem))
-    if is_at_head:
-        yield from _stop_at_head(books, sequence)
-    yield from _end(books, sequence, now_s)
-
-
-def _end(books: Books, sequence: Sequence, now_s: float) -> Iterator[Instruction]:
-    sequence.move(SequencePhase.ENDED, now_s)
-    del books.sequences[sequence.id]
-    yield DeleteSequence(sequence.id)
+        yield from sequence_moves.stop_at_head(books, sequence)
+        yield from sequence_moves.start_again(books, sequence, now_s)
