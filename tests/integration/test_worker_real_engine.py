@@ -11,7 +11,8 @@ import torch
 
 from molink.embedded import EmbeddedServer
 from molink_common.bus import NatsBus
-from molink_common.messages import ModelCard
+from molink_common.messages import Done, ModelCard
+from molink_stage_worker.engine.interface import Engine, Progress, StageSpec
 from molink_stage_worker.engine.loading import load_engine
 from molink_stage_worker.stage_loading import Told
 from tests.architectures.tiny_models import NUM_LAYERS, VOCABULARY_SIZE, make_tiny_model
@@ -76,3 +77,36 @@ async def test_a_cut_model_says_what_the_whole_one_says(
         await pool.until(lambda: all(sequence in pool.finishes for sequence in sequences), 30)
         assert [pool.tokens[one] for one in sequences] == [whole(reference, prompt) for prompt in prompts]
         await pool.until_idle(names[0], 32)
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+async def test_engines_that_go_on_or_are_taken_up_again_say_the_same(
+    bus: NatsBus, nats_server: EmbeddedServer, tmp_path: Path, family: str
+) -> None:
+    torch.set_num_threads(1)
+    reference = make_tiny_model(family, tmp_path)
+    model = TinyModel(tmp_path, card_of(reference.config))
+    prompts = [[5, 9, 17 + number, 40] for number in range(3)]
+    wanted = [whole(reference, prompt) for prompt in prompts]
+    loads: list[StageSpec] = []
+
+    def load(spec: StageSpec, progress: Progress) -> Engine:
+        loads.append(spec)
+        return load_engine(spec, progress)
+
+    async with open_pool(bus, nats_server.url, 9_000_010, model, load, BLOCK) as pool, pool.workers(2) as names:
+        await pool.form(names, num_blocks=64)
+        sequences = [await pool.start(names[0], prompt, NEW_TOKENS) for prompt in prompts]
+        await pool.until(lambda: all(pool.tokens.get(one) for one in sequences))
+        for index, name in enumerate(names):
+            order = pool.assignment(index, 2, epoch=2, num_blocks=64)
+            assert await pool.order(name, order.model_copy(update={"continues_epoch": 1})) == Done()
+        await pool.until(lambda: all(one in pool.finishes for one in sequences), 30)
+        assert [pool.tokens[one] for one in sequences] == wanted
+
+        await pool.form(names, epoch=3, num_blocks=32)
+        sequences = [await pool.start(names[0], prompt, NEW_TOKENS, epoch=3) for prompt in prompts]
+        await pool.until(lambda: all(one in pool.finishes for one in sequences), 30)
+        assert [pool.tokens[one] for one in sequences] == wanted
+        await pool.until_idle(names[0], 32)
+    assert len(loads) == 2
