@@ -10,9 +10,10 @@ from redis.asyncio import Redis
 from molink.embedded import EmbeddedServer, free_port
 from molink_common.messages import Dtype
 from molink_scheduler.instructions import AppendTokens, DeleteSequence, SavePipeline, SaveSequence, SaveWorker, Write
+from molink_scheduler.lease import Tenure
 from molink_scheduler.memory_store import MemoryStore
 from molink_scheduler.records import PipelineRecord, SequenceRecord, Snapshot, StageRecord, StoredSequence
-from molink_scheduler.store import Lease, Store, StoreUnavailable, open_store
+from molink_scheduler.store import LeaseLost, LeaseState, Store, StoreForgetful, StoreUnavailable, Term, open_store
 from tests.scheduler_builders import make_card, make_heartbeat, make_request
 
 S1, S2 = "00000000000000a1", "00000000000000a2"
@@ -28,6 +29,18 @@ async def store(request: pytest.FixtureRequest, redis_server: EmbeddedServer) ->
     await client.aclose()
     async with open_store(redis_server.url) as opened:
         yield opened
+
+
+@pytest.fixture
+async def active(store: Store) -> Tenure:
+    """The store as the active scheduler has it."""
+    return await tenure_of(store)
+
+
+async def tenure_of(store: Store) -> Tenure:
+    term = await store.take_lease("a", expiry_s=10, above=0)
+    assert term is not None
+    return Tenure(store, term)
 
 
 def record_of(sequence: str) -> SequenceRecord:
@@ -48,12 +61,12 @@ def layout_of(epoch: int) -> PipelineRecord:
     )
 
 
-async def test_an_empty_store_is_an_empty_snapshot(store: Store) -> None:
-    assert await store.load() == Snapshot()
+async def test_an_empty_store_is_an_empty_snapshot(active: Tenure) -> None:
+    assert await active.load() == Snapshot()
 
 
-async def test_what_was_written_is_loaded(store: Store) -> None:
-    await store.write(
+async def test_what_was_written_is_loaded(active: Tenure) -> None:
+    await active.write(
         [
             SaveSequence(record_of(S2)),
             SaveSequence(record_of(S1)),
@@ -64,7 +77,7 @@ async def test_what_was_written_is_loaded(store: Store) -> None:
             SaveWorker(make_heartbeat("w1")),
         ]
     )
-    assert await store.load() == Snapshot(
+    assert await active.load() == Snapshot(
         pipelines=(layout_of(2),),
         sequences=(
             StoredSequence(record=record_of(S1), tokens=(1, 2**32 - 1, 3)),
@@ -74,34 +87,90 @@ async def test_what_was_written_is_loaded(store: Store) -> None:
     )
 
 
-async def test_writing_again_changes_nothing(store: Store) -> None:
+async def test_writing_again_changes_nothing(active: Tenure) -> None:
     writes: list[Write] = [SaveSequence(record_of(S1)), AppendTokens(S1, 0, (1, 2)), AppendTokens(S1, 2, (3,))]
-    await store.write(writes)
-    await store.write(writes)
-    assert (await store.load()).sequences == (StoredSequence(record=record_of(S1), tokens=(1, 2, 3)),)
+    await active.write(writes)
+    await active.write(writes)
+    assert (await active.load()).sequences == (StoredSequence(record=record_of(S1), tokens=(1, 2, 3)),)
 
 
-async def test_a_deleted_sequence_leaves_nothing(store: Store) -> None:
-    await store.write([SaveSequence(record_of(S1)), AppendTokens(S1, 0, (1,)), DeleteSequence(S1), DeleteSequence(S2)])
-    assert await store.load() == Snapshot()
-    await store.write([SaveSequence(record_of(S1))])
-    assert (await store.load()).sequences == (StoredSequence(record=record_of(S1), tokens=()),)
+async def test_a_deleted_sequence_leaves_nothing(active: Tenure) -> None:
+    await active.write([SaveSequence(record_of(S1)), AppendTokens(S1, 0, (1,)), DeleteSequence(S1), DeleteSequence(S2)])
+    assert await active.load() == Snapshot()
+    await active.write([SaveSequence(record_of(S1))])
+    assert (await active.load()).sequences == (StoredSequence(record=record_of(S1), tokens=()),)
 
 
-async def test_epochs_only_rise(store: Store) -> None:
-    drawn = [await store.next_epoch(above) for above in (0, 0, 7, 3)]
+async def test_epochs_only_rise(active: Tenure) -> None:
+    drawn = [await active.next_epoch(above) for above in (0, 0, 7, 3)]
     assert drawn == [1, 2, 8, 9]
-    assert (await store.load()).epoch == 9
+    assert (await active.load()).epoch == 9
 
 
-async def test_one_holds_the_lease(store: Store) -> None:
-    assert await store.take_lease("a", expiry_s=10) is Lease.TAKEN
-    assert await store.take_lease("b", expiry_s=10) is Lease.ANOTHERS
-    assert await store.take_lease("a", expiry_s=10) is Lease.RENEWED
-    await store.release_lease("b")
-    assert await store.take_lease("b", expiry_s=10) is Lease.ANOTHERS
-    await store.release_lease("a")
-    assert await store.take_lease("b", expiry_s=10) is Lease.TAKEN
+async def test_one_holds_the_lease_and_terms_rise(store: Store) -> None:
+    assert await store.lease_state() == LeaseState(is_held=False, newest_term=0)
+    first = await store.take_lease("a", expiry_s=10, above=0)
+    assert first == Term(1, "a")
+    assert await store.take_lease("b", expiry_s=10, above=0) is None
+    await store.renew_lease(first, expiry_s=10)
+    assert await store.lease_state() == LeaseState(is_held=True, newest_term=1)
+    await store.release_lease(Term(1, "b"))
+    assert await store.take_lease("b", expiry_s=10, above=0) is None
+    await store.release_lease(first)
+    assert await store.lease_state() == LeaseState(is_held=False, newest_term=1)
+    assert await store.take_lease("b", expiry_s=10, above=0) == Term(2, "b")
+    await store.release_lease(first)
+    assert (await store.lease_state()).is_held, "a term that is over gives nothing back"
+
+
+async def test_a_lease_that_nobody_took_is_held_again(store: Store) -> None:
+    active = await tenure_of(store)
+    await store.release_lease(active.term)
+    await store.renew_lease(active.term, expiry_s=10)
+    assert await store.take_lease("b", expiry_s=10, above=0) is None
+
+
+async def test_in_a_newer_term_nothing_of_the_old_one_gets_in(store: Store) -> None:
+    old = await tenure_of(store)
+    await old.write([SaveSequence(record_of(S1)), AppendTokens(S1, 0, (1,))])
+    assert await old.next_epoch(0) == 1
+    await store.release_lease(old.term)
+    term = await store.take_lease("b", expiry_s=10, above=0)
+    assert term is not None
+    before = await store.load(term=term)
+    for write in (
+        SaveSequence(record_of(S2)), AppendTokens(S1, 1, (2,)), DeleteSequence(S1),
+        SavePipeline(layout_of(1)), SaveWorker(make_heartbeat("w1")),
+    ):  # fmt: skip
+        with pytest.raises(LeaseLost):
+            await old.write([write])
+    with pytest.raises(LeaseLost):
+        await old.next_epoch(10)
+    with pytest.raises(LeaseLost):
+        await store.renew_lease(old.term, expiry_s=10)
+    assert await store.load(term=term) == before
+    assert await store.next_epoch(0, term=term) == 2
+
+
+async def test_the_same_scheduler_in_a_later_term_is_another(store: Store) -> None:
+    old = await tenure_of(store)
+    assert await store.take_lease("a", expiry_s=10, above=0) == Term(2, "a")
+    with pytest.raises(LeaseLost):
+        await old.write([SaveSequence(record_of(S1))])
+
+
+async def test_a_store_that_knows_of_no_such_term_says_so_and_takes_nothing(store: Store) -> None:
+    for later in (Term(4, "a"), Term(9, "a")):
+        for refused in (
+            store.write([SaveSequence(record_of(S1))], term=later),
+            store.next_epoch(3, term=later),
+            store.renew_lease(later, expiry_s=10),
+        ):
+            with pytest.raises(StoreForgetful):
+                await refused
+        assert await store.take_lease("b", expiry_s=10, above=0) in (Term(1, "b"), Term(2, "b"))
+    assert await store.take_lease("b", expiry_s=10, above=9) == Term(10, "b")
+    assert await store.load(term=Term(10, "b")) == Snapshot()
 
 
 # --- Redis alone ---
@@ -111,23 +180,30 @@ async def test_every_key_is_documented_and_expires_as_it_should(redis_server: Em
     client = Redis.from_url(redis_server.url)
     await client.flushdb()
     async with open_store(redis_server.url) as store:
-        await store.take_lease("a", expiry_s=4)
-        await store.next_epoch(0)
+        term = await store.take_lease("a", expiry_s=1.5, above=0)
+        assert term is not None
+        await store.next_epoch(0, term=term)
         await store.write(
             [
                 SaveSequence(record_of(S1)),
                 AppendTokens(S1, 0, (1,)),
                 SavePipeline(layout_of(1)),
                 SaveWorker(make_heartbeat("w1")),
-            ]
+            ],
+            term=term,
         )
     expiry = {bytes(key).decode(): await client.ttl(key) for key in await client.keys("*")}  # type: ignore[arg-type]
     await client.aclose()
-    assert expiry.pop("molink:v1:lease") in (3, 4)
+    assert expiry.pop("molink:v1:lease") in (1, 2)
     assert expiry.pop("molink:v1:worker:w1") in (14, 15)
     assert expiry.pop(f"molink:v1:sequence:{S1}") in (3599, 3600)
     assert expiry.pop(f"molink:v1:tokens:{S1}") in (3599, 3600)
-    assert expiry == {"molink:v1:epoch": -1, "molink:v1:pipeline:1": -1, "molink:v1:sequences": -1}
+    assert expiry == {
+        "molink:v1:epoch": -1,
+        "molink:v1:pipeline:1": -1,
+        "molink:v1:sequences": -1,
+        "molink:v1:term": -1,
+    }
 
 
 async def test_values_that_do_not_parse_are_left_out_and_cleaned_up(redis_server: EmbeddedServer) -> None:
@@ -138,7 +214,7 @@ async def test_values_that_do_not_parse_are_left_out_and_cleaned_up(redis_server
     await client.set("molink:v1:pipeline:1", b"\xff")
     await client.set("molink:v1:worker:w", b"[]")
     async with open_store(redis_server.url) as store:
-        assert await store.load() == Snapshot()
+        assert await (await tenure_of(store)).load() == Snapshot()
     assert await client.keys("molink:v1:sequence*") == []
     await client.aclose()
 
@@ -146,7 +222,33 @@ async def test_values_that_do_not_parse_are_left_out_and_cleaned_up(redis_server
 async def test_no_server_is_an_error_within_seconds() -> None:
     async with open_store(f"redis://127.0.0.1:{free_port()}/0") as store:
         with pytest.raises(StoreUnavailable, match="Redis"):
-            await store.load()
+            await store.load(term=Term(1, "a"))
     with pytest.raises(StoreUnavailable, match="--redis-url"):
         async with open_store("nonsense"):
             pass
+
+
+async def test_a_thousand_sequences_come_back_in_order(redis_server: EmbeddedServer) -> None:
+    client = Redis.from_url(redis_server.url)
+    await client.flushdb()
+    await client.aclose()
+    names = [f"{number:016x}" for number in range(1001)]
+    async with open_store(redis_server.url) as store:
+        active = await tenure_of(store)
+        await active.write([SaveSequence(record_of(name)) for name in names])
+        await active.write([AppendTokens(name, 0, (number,)) for number, name in enumerate(names)])
+        loaded = await active.load()
+    assert [stored.record.request.sequence for stored in loaded.sequences] == names
+    assert [stored.tokens for stored in loaded.sequences] == [(number,) for number in range(1001)]
+
+
+async def test_a_script_that_the_server_has_forgotten_is_sent_again(redis_server: EmbeddedServer) -> None:
+    client = Redis.from_url(redis_server.url)
+    await client.flushdb()
+    async with open_store(redis_server.url) as store:
+        active = await tenure_of(store)
+        await active.write([SaveSequence(record_of(S1))])
+        await client.script_flush()
+        await active.write([AppendTokens(S1, 0, (1,))])
+        assert (await active.load()).sequences[0].tokens == (1,)
+    await client.aclose()

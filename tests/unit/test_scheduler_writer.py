@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from molink_scheduler.events import Event, SequenceSaved, StoreChanged
 from molink_scheduler.instructions import AppendTokens, DeleteSequence, SaveSequence, SaveWorker, Write
+from molink_scheduler.lease import Tenure
 from molink_scheduler.memory_store import MemoryStore
 from molink_scheduler.records import SequenceRecord
+from molink_scheduler.store import LeaseLost
 from molink_scheduler.writer import PendingWrites, WriteBehind
 from tests.scheduler_builders import make_heartbeat, make_request
 
 S1, S2 = "00000000000000a1", "00000000000000a2"
+
+
+async def tenure_of(store: MemoryStore) -> Tenure:
+    term = await store.take_lease("a", expiry_s=10, above=0)
+    assert term is not None
+    return Tenure(store, term)
 
 
 def record_of(sequence: str) -> SequenceRecord:
@@ -68,8 +78,9 @@ async def test_an_outage_is_reported_and_everything_is_written_after_it() -> Non
         if event == StoreChanged(False):
             store.is_down = False
 
+    active = await tenure_of(store)
     store.is_down = True
-    writer = WriteBehind(store, report)
+    writer = WriteBehind(active, report)
     writer.put(SaveSequence(record_of(S1)))
     task = asyncio.create_task(writer.run())
     async with asyncio.timeout(5):
@@ -79,14 +90,14 @@ async def test_an_outage_is_reported_and_everything_is_written_after_it() -> Non
     await asyncio.wait([task])
     await writer.drain(timeout_s=1)
     assert events == [StoreChanged(False), StoreChanged(True), SequenceSaved(S1)]
-    (stored,) = (await store.load()).sequences
+    (stored,) = (await active.load()).sequences
     assert stored.tokens == (4, 5)
 
 
 async def test_draining_into_a_store_that_is_down_ends() -> None:
     store = MemoryStore()
+    writer = WriteBehind(await tenure_of(store), lambda _: None)
     store.is_down = True
-    writer = WriteBehind(store, lambda _: None)
     writer.put(DeleteSequence(S1))
     async with asyncio.timeout(5):
         await writer.drain(timeout_s=1)
@@ -94,8 +105,21 @@ async def test_draining_into_a_store_that_is_down_ends() -> None:
 
 async def test_the_tokens_of_a_step_are_one_round_trip() -> None:
     store = MemoryStore()
-    writer = WriteBehind(store, lambda _: None)
+    writer = WriteBehind(await tenure_of(store), lambda _: None)
+    before = store.round_trips
     for number in range(200):
         writer.put(AppendTokens(f"{number:016x}", 0, (number,)))
     await writer.drain(timeout_s=1)
-    assert store.round_trips == 1
+    assert store.round_trips - before == 1
+
+
+async def test_nothing_is_tried_again_in_a_term_that_is_over() -> None:
+    store, events = MemoryStore(), list[Event]()
+    writer = WriteBehind(await tenure_of(store), events.append)
+    await tenure_of(store)
+    writer.put(SaveSequence(record_of(S1)))
+    with pytest.raises(LeaseLost):
+        async with asyncio.timeout(5):
+            await writer.run()
+    await writer.drain(timeout_s=1)
+    assert events == []

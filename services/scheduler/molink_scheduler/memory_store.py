@@ -15,11 +15,11 @@ from molink_scheduler.instructions import (
     Write,
 )
 from molink_scheduler.records import PipelineRecord, SequenceRecord, Snapshot, StoredSequence
-from molink_scheduler.store import Lease, StoreUnavailable
+from molink_scheduler.store import LeaseLost, LeaseState, StoreForgetful, StoreUnavailable, Term
 
 
 class MemoryStore:
-    """Knows no time: nothing expires unless `forget` is called."""
+    """Knows no time: nothing expires unless `forget` or `expire_lease` is called."""
 
     def __init__(self) -> None:
         self.is_down = False
@@ -28,41 +28,62 @@ class MemoryStore:
 
     def forget(self) -> None:
         """As a server that was restarted without its data."""
-        self._owner: str | None = None
+        self._holder: str | None = None
+        self._term: Term | None = None
         self._epoch = 0
         self._sequences: dict[str, SequenceRecord] = {}
         self._tokens: dict[str, list[int]] = {}
         self._pipelines: dict[int, PipelineRecord] = {}
         self._workers: dict[str, Heartbeat] = {}
 
-    def _use(self) -> None:
+    def expire_lease(self) -> None:
+        """As if nobody had renewed it."""
+        self._holder = None
+
+    def _use(self, term: Term | None = None) -> None:
         if self.is_down:
             raise StoreUnavailable("the store is down")
         self.round_trips += 1
+        if term is None or term == self._term:
+            return
+        if self._term is None or self._term.number < term.number:
+            raise StoreForgetful("the store does not know of this term")
+        raise LeaseLost("a newer term has begun")
 
-    async def take_lease(self, owner: str, *, expiry_s: float) -> Lease:
+    async def lease_state(self) -> LeaseState:
+        """See `Store.lease_state`."""
+        self._use()
+        return LeaseState(is_held=self._holder is not None, newest_term=0 if self._term is None else self._term.number)
+
+    async def take_lease(self, owner: str, *, expiry_s: float, above: int) -> Term | None:
         """See `Store.take_lease`; never expires."""
         self._use()
-        before, self._owner = self._owner, self._owner or owner
-        if before is None:
-            return Lease.TAKEN
-        return Lease.RENEWED if before == owner else Lease.ANOTHERS
+        if self._holder not in (None, owner):
+            return None
+        self._holder = owner
+        self._term = Term(max(above, 0 if self._term is None else self._term.number) + 1, owner)
+        return self._term
 
-    async def release_lease(self, owner: str) -> None:
+    async def renew_lease(self, term: Term, *, expiry_s: float) -> None:
+        """See `Store.renew_lease`."""
+        self._use(term)
+        self._holder = term.owner
+
+    async def release_lease(self, term: Term) -> None:
         """See `Store.release_lease`."""
         self._use()
-        if self._owner == owner:
-            self._owner = None
+        if term == self._term:
+            self._holder = None
 
-    async def next_epoch(self, above: int) -> int:
+    async def next_epoch(self, above: int, *, term: Term) -> int:
         """See `Store.next_epoch`."""
-        self._use()
+        self._use(term)
         self._epoch = max(self._epoch, above) + 1
         return self._epoch
 
-    async def write(self, writes: Sequence[Write]) -> None:
+    async def write(self, writes: Sequence[Write], *, term: Term) -> None:
         """See `Store.write`."""
-        self._use()
+        self._use(term)
         for write in writes:
             match write:
                 case SaveSequence(record):
@@ -81,9 +102,9 @@ class MemoryStore:
                 case _:
                     assert_never(write)
 
-    async def load(self) -> Snapshot:
+    async def load(self, *, term: Term) -> Snapshot:
         """See `Store.load`."""
-        self._use()
+        self._use(term)
         return Snapshot(
             epoch=self._epoch,
             pipelines=tuple(self._pipelines[key] for key in sorted(self._pipelines)),

@@ -31,7 +31,8 @@ from molink_scheduler.instructions import (
     StopSequenceAt,
     TakeEpoch,
 )
-from molink_scheduler.store import Store, StoreUnavailable
+from molink_scheduler.lease import Tenure
+from molink_scheduler.store import StoreUnavailable
 
 log = get_logger("scheduler.questions")
 
@@ -45,13 +46,17 @@ _NO_PIPELINE = 0
 class Questions:
     """Asks over NATS and the store; `report` is told the answers."""
 
-    def __init__(self, bus: Bus, store: Store, report: Callable[[Event], None]) -> None:
+    def __init__(self, bus: Bus, tenure: Tenure, report: Callable[[Event], None]) -> None:
         self._bus = bus
-        self._store = store
+        self._tenure = tenure
         self._report = report
 
     async def ask(self, question: Question) -> None:
-        """Ask, wait with a bound, and report. Raises nothing."""
+        """Ask, wait with a bound, and report.
+
+        Raises:
+            LeaseLost: another scheduler is active.
+        """
         match question:
             case TakeEpoch(above, pipeline):
                 await self._take_epoch(above, pipeline)
@@ -87,7 +92,7 @@ class Questions:
 
     async def _take_epoch(self, above: int, pipeline: int) -> None:
         try:
-            epoch = await self._store.next_epoch(above)
+            epoch = await self._tenure.next_epoch(above)
         except StoreUnavailable as error:
             # the workers refuse what is older than they have seen, so serving on is safe while the lease is ours
             log.warning("an epoch drawn without the store", problem=str(error))

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from itertools import count
 
 from molink_common import messages, subjects
 from molink_common.bus import Bus, Incoming, Payload, serve
-from molink_common.errors import BusUnavailable, MolinkError, ProtocolError
+from molink_common.errors import BusUnavailable, ProtocolError
 from molink_common.identity import new_peer_id
 from molink_common.logs import get_logger
 from molink_common.messages import (
@@ -51,29 +52,25 @@ from molink_scheduler.instructions import (
     FailSequence,
     Instruction,
     NoteLoss,
+    Question,
     ReplyTo,
     SavePipeline,
     SaveSequence,
     SaveWorker,
 )
+from molink_scheduler.lease import Tenure, wait_for_term
 from molink_scheduler.machine import Machine
 from molink_scheduler.questions import Questions
 from molink_scheduler.settings import SchedulerSettings
-from molink_scheduler.store import Lease, Store, StoreUnavailable
+from molink_scheduler.store import LeaseLost, Store, StoreUnavailable
 from molink_scheduler.writer import WriteBehind
 
 log = get_logger("scheduler")
 
 TICK_S = 0.25
-LEASE_EXPIRY_S = 4.0
-LEASE_RENEWAL_S = 1.0
 _OUTBOX_MESSAGES = 16384
 
 Respond = Callable[[Payload], "asyncio.Future[None]"]
-
-
-class LeaseLost(MolinkError):
-    """Another scheduler has become the active one."""
 
 
 class _Stopped(Exception):
@@ -87,35 +84,16 @@ async def serve_scheduler(settings: SchedulerSettings, bus: Bus, store: Store, s
         StoreUnavailable: the store does not answer within ``redis_connect_timeout_s`` of the start.
     """
     owner = new_peer_id("scheduler")
-    while await _wait_for_lease(settings, store, owner, stop):
+    timeout_s = settings.redis_connect_timeout_s
+    newest = 0
+    while (term := await wait_for_term(store, owner, stop, connect_timeout_s=timeout_s, above=newest)) is not None:
+        newest = term.number
         try:
-            await Scheduler(settings, bus, store, owner).run(stop)
+            await Scheduler(settings, bus, Tenure(store, term)).run(stop)
         except* LeaseLost:
             log.warning("another scheduler has taken over; standing by")
-
-
-async def _wait_for_lease(settings: SchedulerSettings, store: Store, owner: str, stop: asyncio.Event) -> bool:
-    """True as soon as this scheduler is the active one, False when it is stopped before."""
-    loop = asyncio.get_running_loop()
-    deadline_s = loop.time() + settings.redis_connect_timeout_s
-    is_told = False
-    while not stop.is_set():
-        try:
-            if await store.take_lease(owner, expiry_s=LEASE_EXPIRY_S) is not Lease.ANOTHERS:
-                return True
-        except StoreUnavailable as error:
-            if loop.time() >= deadline_s:
-                raise StoreUnavailable(
-                    f"no Redis answers within {settings.redis_connect_timeout_s:g} s ({error}). "
-                    "Start one, or set --redis-url."
-                ) from error
-        else:
-            deadline_s = loop.time() + settings.redis_connect_timeout_s
-            if not is_told:
-                is_told = True
-                log.info("another scheduler is active; standing by")
-        await _wait(stop, LEASE_RENEWAL_S / 2)
-    return False
+        except* StoreUnavailable as failed:
+            log.warning("the state could not be loaded; trying again", problem=str(failed.exceptions[0]))
 
 
 async def _wait(stop: asyncio.Event, timeout_s: float) -> None:
@@ -126,14 +104,14 @@ async def _wait(stop: asyncio.Event, timeout_s: float) -> None:
 class Scheduler:
     """The active scheduler. Holds the lease while it runs."""
 
-    def __init__(self, settings: SchedulerSettings, bus: Bus, store: Store, owner: str) -> None:
+    def __init__(self, settings: SchedulerSettings, bus: Bus, tenure: Tenure) -> None:
         self._settings = settings
         self._bus = bus
-        self._store = store
-        self._owner = owner
+        self._tenure = tenure
         self._machine = Machine(settings)
-        self._writer = WriteBehind(store, self._post)
-        self._questions = Questions(bus, store, self._post)
+        self._writer = WriteBehind(tenure, self._post)
+        self._questions = Questions(bus, tenure, self._post)
+        self._held: deque[Event] = deque()
         self._outbox: asyncio.Queue[tuple[Respond | str, Message]] = asyncio.Queue(_OUTBOX_MESSAGES)
         self._replies: dict[int, Respond] = {}
         self._reply_numbers = count()
@@ -146,12 +124,12 @@ class Scheduler:
             LeaseLost: in a group; another scheduler serves now.
             StoreUnavailable: in a group; the state could not be loaded.
         """
-        snapshot = await self._store.load()
         try:
             async with asyncio.TaskGroup() as self._tasks:
+                self._tasks.create_task(self._tenure.keep(lambda: self._post(StoreEmptied())))
+                snapshot = await self._tenure.load()
                 self._tasks.create_task(self._writer.run())
                 self._tasks.create_task(self._send_outbox())
-                self._tasks.create_task(self._keep_lease())
                 self._post(Restored(snapshot))
                 log.info("scheduler active", model=self._settings.model, sequences=len(snapshot.sequences))
                 async with self._listening():
@@ -162,8 +140,7 @@ class Scheduler:
         except* _Stopped:
             pass
         await self._writer.drain(timeout_s=2.0)
-        with contextlib.suppress(StoreUnavailable):
-            await self._store.release_lease(self._owner)
+        await self._tenure.release()
 
     @contextlib.asynccontextmanager
     async def _listening(self) -> AsyncIterator[None]:
@@ -184,7 +161,15 @@ class Scheduler:
             yield
 
     def _post(self, event: Event) -> None:
-        """Let the machine decide about an event, and begin what it wants."""
+        """Let the machine decide about an event, and begin what it wants; later, if this may not be our term any more.
+
+        A frozen process that wakes finds much to hear at once, and first has to know whether that is still for it.
+        """
+        self._held.append(event)
+        while self._held and self._tenure.is_sure:
+            self._decide(self._held.popleft())
+
+    def _decide(self, event: Event) -> None:
         try:
             instructions = self._machine.handle(event, now_s=self._now_s())
         except Exception:  # one event that we cannot handle must not end the service
@@ -210,7 +195,7 @@ class Scheduler:
             case NoteLoss(worker, reason, silent_s):
                 log.warning("worker lost", worker=worker, reason=reason, silent_s=round(silent_s, 3))
             case _:
-                self._tasks.create_task(self._questions.ask(instruction))
+                self._tasks.create_task(self._ask(instruction))
 
     def _send(self, where: Respond | str, message: Message) -> None:
         try:
@@ -221,6 +206,7 @@ class Scheduler:
     async def _send_outbox(self) -> None:
         while True:
             where, message = await self._outbox.get()
+            await self._tenure.sure()
             try:
                 if isinstance(where, str):
                     await self._bus.send(where, message)
@@ -229,18 +215,9 @@ class Scheduler:
             except BusUnavailable as error:
                 log.warning("message not sent", kind=message.TYPE, problem=str(error))
 
-    async def _keep_lease(self) -> None:
-        while True:
-            await asyncio.sleep(LEASE_RENEWAL_S)
-            with contextlib.suppress(StoreUnavailable):  # the writer says so; nobody else can take it meanwhile
-                match await self._store.take_lease(self._owner, expiry_s=LEASE_EXPIRY_S):
-                    case Lease.ANOTHERS:
-                        raise LeaseLost("another scheduler holds the lease")
-                    case Lease.TAKEN:
-                        log.warning("the lease had gone from the store; writing everything again")
-                        self._post(StoreEmptied())
-                    case Lease.RENEWED:
-                        pass
+    async def _ask(self, question: Question) -> None:
+        await self._tenure.sure()
+        await self._questions.ask(question)
 
     # --- ears ---
 

@@ -2,7 +2,8 @@
 
 Keys, all below ``molink:v1:``
 
-    lease            string   who is the active scheduler; expires after a few seconds unless renewed
+    lease            string   who is the active scheduler; expires after a moment unless renewed
+    term             string   number and owner of the newest term: who may write. The number never goes back
     epoch            integer  the last epoch drawn; never goes back
     worker:<id>      JSON     the worker's last `Heartbeat`; expires after 15 s
     pipeline:<n>     JSON     `PipelineRecord`: the layer map
@@ -11,7 +12,9 @@ Keys, all below ``molink:v1:``
     tokens:<id>      bytes    generated tokens, 4 bytes little-endian each, in order; expires likewise
 
 Every write is idempotent (a token is written to its place, not appended), so that a write whose answer was
-lost can simply be written again.
+lost can simply be written again. And every write names the term that it belongs to: the server carries a batch out as
+one script, which first looks whether that is still the newest one. So a scheduler that was frozen, and has been
+replaced meanwhile, changes nothing when it wakes.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import asyncio
 import contextlib
 import struct
 from collections.abc import AsyncIterator, Iterator, Sequence
-from enum import Enum, auto
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, assert_never
 
 import redis.exceptions
@@ -32,6 +35,7 @@ from redis.backoff import NoBackoff
 from molink_common.errors import MolinkError, ProtocolError
 from molink_common.logs import get_logger
 from molink_common.messages import Heartbeat, decode, encode
+from molink_scheduler import store_scripts
 from molink_scheduler.instructions import (
     AppendTokens,
     DeleteSequence,
@@ -48,52 +52,65 @@ KEY_ROOT = "molink:v1:"
 WORKER_EXPIRY_S = 15
 SEQUENCE_EXPIRY_S = 3600
 _TIMEOUT_S = 2.0
-
-# ARGV: owner, milliseconds. 0: another holds it; 1: it was held and is renewed; 2: nobody held it, now taken.
-_TAKE_LEASE = """
-local holder = redis.call('GET', KEYS[1])
-if holder and holder ~= ARGV[1] then return 0 end
-redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
-return holder and 1 or 2
-"""
-_RELEASE_LEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
-_NEXT_EPOCH = """
-local last = tonumber(redis.call('GET', KEYS[1]) or '0')
-if last < tonumber(ARGV[1]) then redis.call('SET', KEYS[1], ARGV[1]) end
-return redis.call('INCR', KEYS[1])
-"""
+_LOADED_AT_ONCE = 500
 
 
 class StoreUnavailable(MolinkError):
     """Redis does not answer, or not as Redis does."""
 
 
-class Lease(Enum):
-    """Who is the active scheduler."""
+class StoreForgetful(StoreUnavailable):
+    """Redis answers but knows less than it did: it has lost its memory, or some of it. The lease must be taken anew."""
 
-    ANOTHERS = auto()
-    RENEWED = auto()
-    TAKEN = auto()
-    """Nobody held it: at the start, or because the store has forgotten everything."""
+
+class LeaseLost(MolinkError):
+    """Another scheduler has become the active one: whoever is told this must decide nothing more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One scheduler's time as the active one. The number rises with every one that takes over: a fencing token."""
+
+    number: int
+    owner: str
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseState:
+    """What a standby sees."""
+
+    is_held: bool
+    newest_term: int
+    """0: the store knows of none."""
 
 
 class Store(Protocol):
-    """What the scheduler needs of a store. Every method raises `StoreUnavailable`, within seconds."""
+    """What the scheduler needs of a store. Every method raises `StoreUnavailable`, within seconds.
 
-    async def take_lease(self, owner: str, *, expiry_s: float) -> Lease:
-        """Become or stay the active scheduler, unless another is."""
+    What is given a term raises `LeaseLost` where there is a newer one, `StoreForgetful` where the store does not know
+    it; then nothing has been changed.
+    """
 
-    async def release_lease(self, owner: str) -> None:
-        """Let another take over at once."""
+    async def lease_state(self) -> LeaseState:
+        """Whether anybody is active, without trying to be."""
 
-    async def next_epoch(self, above: int) -> int:
+    async def take_lease(self, owner: str, *, expiry_s: float, above: int) -> Term | None:
+        """Begin a term, later than `above` and than every one before; None: another holds the lease."""
+
+    async def renew_lease(self, term: Term, *, expiry_s: float) -> None:
+        """Stay the active scheduler."""
+
+    async def release_lease(self, term: Term) -> None:
+        """Let another take over at once. Harmless in a term that is over."""
+
+    async def next_epoch(self, above: int, *, term: Term) -> int:
         """A number larger than `above` and than every one given before."""
 
-    async def write(self, writes: Sequence[Write]) -> None:
-        """Carry out in order, in one round trip. Writing the same again changes nothing."""
+    async def write(self, writes: Sequence[Write], *, term: Term) -> None:
+        """Carry out in order, all or nothing, in one round trip. Writing the same again changes nothing."""
 
-    async def load(self) -> Snapshot:
-        """Everything. What does not parse is left out and logged."""
+    async def load(self, *, term: Term) -> Snapshot:
+        """Everything. What does not parse is left out and logged; such a sequence is deleted."""
 
 
 R = TypeVar("R", bound=BaseModel)
@@ -106,59 +123,91 @@ class RedisStore:
         # the library's types do not know that answers are bytes here
         self._client: Any = client
         self._root = key_root
-        self._take_lease = client.register_script(_TAKE_LEASE)
-        self._release_lease = client.register_script(_RELEASE_LEASE)
-        self._next_epoch = client.register_script(_NEXT_EPOCH)
+        self._take_lease = client.register_script(store_scripts.TAKE_LEASE)
+        self._renew_lease = client.register_script(store_scripts.RENEW_LEASE)
+        self._release_lease = client.register_script(store_scripts.RELEASE_LEASE)
+        self._next_epoch = client.register_script(store_scripts.NEXT_EPOCH)
+        self._write = client.register_script(store_scripts.WRITE)
+        self._term_key = key_root + "term"
+        self._lease_keys = (self._term_key, key_root + "lease")
 
-    async def take_lease(self, owner: str, *, expiry_s: float) -> Lease:
+    async def lease_state(self) -> LeaseState:
+        """See `Store.lease_state`."""
+        with _translated():
+            term, holder = await self._client.mget(*self._lease_keys)
+        return LeaseState(is_held=holder is not None, newest_term=int(term.split()[0]) if term is not None else 0)
+
+    async def take_lease(self, owner: str, *, expiry_s: float, above: int) -> Term | None:
         """See `Store.take_lease`."""
         with _translated():
-            answer = await self._take_lease(keys=[self._root + "lease"], args=[owner, int(expiry_s * 1000)])
-        return (Lease.ANOTHERS, Lease.RENEWED, Lease.TAKEN)[int(answer)]
+            number = await self._take_lease(keys=self._lease_keys, args=[above, owner, int(expiry_s * 1000)])
+        return Term(int(number), owner) if number else None
 
-    async def release_lease(self, owner: str) -> None:
+    async def renew_lease(self, term: Term, *, expiry_s: float) -> None:
+        """See `Store.renew_lease`."""
+        milliseconds = int(expiry_s * 1000)
+        with _translated():
+            answer = await self._renew_lease(keys=self._lease_keys, args=[term.number, term.owner, milliseconds])
+        _refuse_unless_held(answer, term)
+
+    async def release_lease(self, term: Term) -> None:
         """See `Store.release_lease`."""
         with _translated():
-            await self._release_lease(keys=[self._root + "lease"], args=[owner])
+            await self._release_lease(keys=self._lease_keys, args=[term.number, term.owner])
 
-    async def next_epoch(self, above: int) -> int:
+    async def next_epoch(self, above: int, *, term: Term) -> int:
         """See `Store.next_epoch`."""
+        keys = [self._term_key, self._root + "epoch"]
         with _translated():
-            return int(await self._next_epoch(keys=[self._root + "epoch"], args=[above]))
+            answer, epoch = await self._next_epoch(keys=keys, args=[term.number, term.owner, above])
+        _refuse_unless_held(answer, term)
+        return int(epoch)
 
-    async def write(self, writes: Sequence[Write]) -> None:
+    async def write(self, writes: Sequence[Write], *, term: Term) -> None:
         """See `Store.write`."""
-        root = self._root
+        words: list[str | bytes | int] = [term.number, term.owner]
+        for write in writes:
+            for command in self._commands(write):
+                words.append(len(command))
+                words.extend(command)
         with _translated():
-            async with self._client.pipeline(transaction=False) as batch:
-                for write in writes:
-                    match write:
-                        case SaveSequence(record):
-                            name = record.request.sequence
-                            batch.set(f"{root}sequence:{name}", record.model_dump_json(), ex=SEQUENCE_EXPIRY_S)
-                            batch.sadd(root + "sequences", name)
-                        case AppendTokens(name, start, tokens):
-                            batch.setrange(f"{root}tokens:{name}", 4 * start, pack_tokens(tokens))
-                            batch.expire(f"{root}tokens:{name}", SEQUENCE_EXPIRY_S)
-                            batch.expire(f"{root}sequence:{name}", SEQUENCE_EXPIRY_S)
-                        case DeleteSequence(name):
-                            batch.delete(f"{root}sequence:{name}", f"{root}tokens:{name}")
-                            batch.srem(root + "sequences", name)
-                        case SavePipeline(layout):
-                            batch.set(f"{root}pipeline:{layout.pipeline}", layout.model_dump_json())
-                        case SaveWorker(heartbeat):
-                            batch.set(f"{root}worker:{heartbeat.worker}", encode(heartbeat), ex=WORKER_EXPIRY_S)
-                        case _:
-                            assert_never(write)
-                await batch.execute()
+            answer = await self._write(keys=[self._term_key], args=words)
+        _refuse_unless_held(answer, term)
 
-    async def load(self) -> Snapshot:
+    def _commands(self, write: Write) -> tuple[tuple[str | bytes | int, ...], ...]:
+        root = self._root
+        match write:
+            case AppendTokens(name, start, tokens):
+                return (
+                    ("SETRANGE", f"{root}tokens:{name}", 4 * start, pack_tokens(tokens)),
+                    ("EXPIRE", f"{root}tokens:{name}", SEQUENCE_EXPIRY_S),
+                    ("EXPIRE", f"{root}sequence:{name}", SEQUENCE_EXPIRY_S),
+                )
+            case SaveSequence(record):
+                name = record.request.sequence
+                return (
+                    ("SET", f"{root}sequence:{name}", record.model_dump_json(), "EX", SEQUENCE_EXPIRY_S),
+                    ("SADD", root + "sequences", name),
+                )
+            case DeleteSequence(name):
+                return (
+                    ("DEL", f"{root}sequence:{name}", f"{root}tokens:{name}"),
+                    ("SREM", root + "sequences", name),
+                )
+            case SavePipeline(layout):
+                return (("SET", f"{root}pipeline:{layout.pipeline}", layout.model_dump_json()),)
+            case SaveWorker(heartbeat):
+                return (("SET", f"{root}worker:{heartbeat.worker}", encode(heartbeat), "EX", WORKER_EXPIRY_S),)
+            case _:
+                assert_never(write)
+
+    async def load(self, *, term: Term) -> Snapshot:
         """See `Store.load`."""
         root = self._root
         with _translated():
             epoch = int(await self._client.get(root + "epoch") or 0)
             names = sorted(name.decode() for name in await self._client.smembers(root + "sequences"))
-            sequences = [stored for name in names if (stored := await self._load_sequence(name)) is not None]
+            found = await self._load_sequences(names)
             pipelines = [
                 record
                 for value in await self._values(root + "pipeline:*")
@@ -169,15 +218,26 @@ class RedisStore:
                 for value in await self._values(root + "worker:*")
                 if (heartbeat := _parsed_heartbeat(value)) is not None
             ]
-        return Snapshot(epoch=epoch, pipelines=tuple(pipelines), sequences=tuple(sequences), workers=tuple(workers))
+        sequences = tuple(stored for stored in found.values() if stored is not None)
+        broken = [DeleteSequence(name) for name, stored in found.items() if stored is None]
+        if broken:
+            await self.write(broken, term=term)
+        return Snapshot(epoch=epoch, pipelines=tuple(pipelines), sequences=sequences, workers=tuple(workers))
 
-    async def _load_sequence(self, name: str) -> StoredSequence | None:
-        value, tokens = await self._client.mget(f"{self._root}sequence:{name}", f"{self._root}tokens:{name}")
-        record = _parsed(SequenceRecord, value) if value is not None else None
-        if record is None:
-            await self.write([DeleteSequence(name)])
-            return None
-        return StoredSequence(record=record, tokens=unpack_tokens(tokens or b""))
+    async def _load_sequences(self, names: list[str]) -> dict[str, StoredSequence | None]:
+        found: dict[str, StoredSequence | None] = {}
+        for start in range(0, len(names), _LOADED_AT_ONCE):
+            some = names[start : start + _LOADED_AT_ONCE]
+            records = await self._client.mget([f"{self._root}sequence:{name}" for name in some])
+            tokens = await self._client.mget([f"{self._root}tokens:{name}" for name in some])
+            for name, value, generated in zip(some, records, tokens, strict=True):
+                record = _parsed(SequenceRecord, value) if value is not None else None
+                found[name] = (
+                    StoredSequence(record=record, tokens=unpack_tokens(generated or b""))
+                    if record is not None
+                    else None
+                )
+        return found
 
     async def _values(self, pattern: str) -> list[bytes]:
         keys = sorted([key async for key in self._client.scan_iter(match=pattern, count=500)])
@@ -206,6 +266,13 @@ async def open_store(url: str, *, key_root: str = KEY_ROOT) -> AsyncIterator[Red
         yield RedisStore(client, key_root=key_root)
     finally:
         await client.aclose()
+
+
+def _refuse_unless_held(answer: int, term: Term) -> None:
+    if answer == store_scripts.LOST:
+        raise LeaseLost(f"a newer term than {term.number} has begun")
+    if answer != store_scripts.HOLDS:
+        raise StoreForgetful(f"Redis does not know of term {term.number}")
 
 
 def pack_tokens(tokens: Sequence[int]) -> bytes:

@@ -7,8 +7,8 @@ it), so the memory for an outage is bounded by what is alive, and a step's token
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import assert_never
+from collections.abc import Callable, Sequence
+from typing import Protocol, assert_never
 
 from molink_common.logs import get_logger
 from molink_scheduler.events import Event, SequenceSaved, StoreChanged
@@ -20,15 +20,28 @@ from molink_scheduler.instructions import (
     SaveWorker,
     Write,
 )
-from molink_scheduler.store import Store, StoreUnavailable
+from molink_scheduler.store import LeaseLost, StoreUnavailable
 
 log = get_logger("scheduler.writer")
 
 MOST_DELETIONS = 100_000
 """Deletions kept for a store that does not answer; beyond, the expiry of the keys has to do."""
 MOST_WRITES_AT_ONCE = 1024
-_FIRST_PAUSE_S = 0.1
-_LONGEST_PAUSE_S = 2.0
+_FIRST_PAUSE_S = 0.05
+_LONGEST_PAUSE_S = 0.2
+"""A server that is away refuses a connection for less than a millisecond's work."""
+
+
+class Ledger(Protocol):
+    """Where writes go."""
+
+    async def write(self, writes: Sequence[Write]) -> None:
+        """Carry out in order.
+
+        Raises:
+            StoreUnavailable: not now; try again.
+            LeaseLost: never again.
+        """
 
 
 class PendingWrites:
@@ -80,8 +93,8 @@ def _joined(earlier: AppendTokens | None, later: AppendTokens) -> AppendTokens:
 class WriteBehind:
     """Hands writes to the store from one task, for ever again until they are in."""
 
-    def __init__(self, store: Store, report: Callable[[Event], None]) -> None:
-        self._store = store
+    def __init__(self, ledger: Ledger, report: Callable[[Event], None]) -> None:
+        self._ledger = ledger
         self._report = report
         self._pending = PendingWrites()
         self._batch: list[Write] = []
@@ -94,7 +107,11 @@ class WriteBehind:
         self._wake.set()
 
     async def run(self) -> None:
-        """Write until cancelled."""
+        """Write until cancelled.
+
+        Raises:
+            LeaseLost: another scheduler writes now.
+        """
         pause_s = _FIRST_PAUSE_S
         while True:
             await self._wake.wait()
@@ -115,12 +132,14 @@ class WriteBehind:
                         return
         except TimeoutError:
             log.warning("writes left undone", waited_s=timeout_s)
+        except LeaseLost:
+            log.info("another scheduler writes now")
 
     async def _write_one_batch(self) -> bool:
         # a batch that failed is written again as it was, before anything newer
         self._batch = self._batch or self._pending.take()
         try:
-            await self._store.write(self._batch)
+            await self._ledger.write(self._batch)
         except StoreUnavailable as error:
             if self._is_up:
                 self._is_up = False
