@@ -258,7 +258,7 @@ class Scheduler:
             self._post(WorkerDisconnected(worker))
 
     async def _hear_cancel(self, cancel: CancelSequence) -> None:
-        self._post(CancelAsked(cancel.sequence, cancel.reason))
+        self._post(CancelAsked(cancel.sequence, cancel.reason, cancel.after_tokens))
 
     async def _hear_gateway(self, alive: GatewayAlive) -> None:
         self._post(GatewayAliveArrived(alive.gateway))
