@@ -6,7 +6,7 @@
 For a small pool the brute force walks through every subset of the workers in every order with every cut, so it has
 nothing in common with the search but the cost of a stage. Speeds, memory, sites, links and layers are random. For a
 large pool there is no such figure: `ratio_to_bound` compares with a pool in which the embedding and the output
-head go to a worker that has nothing else to do.
+head go to a worker that has nothing else to do. Planning is pure computing; its seconds are the processor's.
 """
 
 from __future__ import annotations
@@ -148,9 +148,9 @@ def _small_pools(dice: random.Random, pools: int) -> dict[str, Any]:
         card = random_card(dice, num_layers=dice.randint(4, 28))
         offers = random_pool(dice, card, workers=dice.randint(2, 6), sites=dice.randint(1, 3))
         bests = brute_force(card, offers)
-        began_s = time.perf_counter()
+        began_s = time.process_time()
         placement = place(card, offers, dtype=DTYPE, settings=SETTINGS)
-        seconds.append(time.perf_counter() - began_s)
+        seconds.append(time.process_time() - began_s)
         disagree += bool(bests) != bool(placement.pipelines)
         if bests and placement.pipelines:
             best_s = min(bests.values())
@@ -182,9 +182,9 @@ def _pools(dice: random.Random, pools: int, workers: int, layers: int, *, times:
             replace(one, memory_bytes=one.memory_bytes * dice.randint(1, times))
             for one in random_pool(dice, card, workers=workers, sites=max(2, workers // 25), measured=False)
         ]
-        began_s = time.perf_counter()
+        began_s = time.process_time()
         placement = place(card, offers, dtype=DTYPE, settings=settings)
-        seconds.append(time.perf_counter() - began_s)
+        seconds.append(time.process_time() - began_s)
         if placement.pipelines:
             ratios.append(bottleneck_s(card, offers, placement) / _bound_s(card, offers))
     report: dict[str, Any] = {"workers": workers, "layers": layers, "pools": pools, "placed": len(ratios)}

@@ -21,6 +21,8 @@ _ENDS_TRIED = 3
 """Workers tried as head, and as many as tail."""
 _MORE_TRIED = 3
 """Stages tried beyond the fewest by worth: layers that are not all alike may need them."""
+_ALIKE_FROM = 16
+"""In a pool of more workers than this, what their usual worth is far too little for is not tried."""
 _SITES_TRIED = 8
 """Sites tried alone; and the number of sites beyond which fewer are not looked for."""
 
@@ -78,18 +80,19 @@ class _Greedy:
     def order(self, most_s: float, num_blocks: int, sites: Sequence[str] | None = None) -> list[Candidate] | None:
         """Few workers, in an order in which they hold the model; of these sites only, each of them entered once."""
         sizes = self._sizes
+        pool = [one for one in self._pool if sites is None or one.site in sites]
+        usual = [sizes.usual_reach(one, most_s, num_blocks) for one in pool]
+        if sum(usual) < sizes.num_layers // 4 and len(pool) > _ALIKE_FROM:
+            return None  # not by far: layers that are not alike do not explain it
         worths = [
             _Worth(
                 one,
-                sizes.usual_reach(one, most_s, num_blocks),
+                layers,
                 sizes.reach(one, 0, most_s, num_blocks),
                 sizes.num_layers - sizes.reach_back(one, most_s, num_blocks),
             )
-            for one in self._pool
-            if sites is None or one.site in sites
+            for one, layers in zip(pool, usual, strict=True)
         ]
-        if sum(max(worth.layers, worth.as_head, worth.as_tail) for worth in worths) < sizes.num_layers // 4:
-            return None  # not by far: layers that are not alike do not explain it
         worths.sort(key=lambda worth: -worth.layers)
         for first, last in permutations(sites, 2) if sites is not None and len(sites) > 1 else ((None, None),):
             heads = [worth for worth in worths if worth.as_head and first in (None, worth.candidate.site)]
