@@ -10,7 +10,7 @@ ARGS ?=
 TORCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help up down test test-compose lint check bench links soak clean
+.PHONY: help up down test test-compose lint check bench links soak faults clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ links: $(VENV)/.has-dev ## weak links, next to LAN and the baselines; needs root
 
 soak: $(VENV)/.has-dev ## 200 streaming clients for five minutes, then look for leaks
 	$(BIN)/python -m bench.soak $(ARGS)
+
+faults: $(VENV)/.has-dev ## kill, stop and cut parts at random under streaming clients; ARGS="--kills 20 --seed 1"
+	$(BIN)/python -m bench.faults $(ARGS)
 
 clean: ## remove the virtual environment and every cache in this folder
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist
