@@ -21,6 +21,7 @@ from molink_stage_worker.transmission.under_way import InFlight
 from molink_stage_worker.transmission.values import SenderSettings
 
 _LEAST_ROUND_S = 0.050
+_LEAST_WAY_S = 1e-6
 _STANDING_S = 0.100
 """The standing queue is the least delay of so long, and of a round at least."""
 _GAIN = 0.5
@@ -162,7 +163,8 @@ class AdaptiveWindow:
         if self._in_slow_start:
             return
         target_s = self._settings.decode_delay_s
-        ratio = (base.seconds + target_s) / (base.seconds + standing_s)
+        # a loop's clock stands still while it works, so that a way round may seem to take no time
+        ratio = (base.seconds + target_s) / max(base.seconds + standing_s, _LEAST_WAY_S)
         if was_full:
             wanted = least.under_way_bytes * max(0.5, min(2.0, ratio))
             if rate_bytes_per_s is not None and standing_s < target_s:
