@@ -135,7 +135,8 @@ class RedisStore:
         """See `Store.lease_state`."""
         with _translated():
             term, holder = await self._client.mget(*self._lease_keys)
-        return LeaseState(is_held=holder is not None, newest_term=int(term.split()[0]) if term is not None else 0)
+        number = (term or b"").partition(b" ")[0]
+        return LeaseState(is_held=holder is not None, newest_term=int(number) if number.isdigit() else 0)
 
     async def take_lease(self, owner: str, *, expiry_s: float, above: int) -> Term | None:
         """See `Store.take_lease`."""
