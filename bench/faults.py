@@ -14,13 +14,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import json
 import logging
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,10 @@ async def main(arguments: argparse.Namespace) -> dict[str, Any]:
         async with running_system(plan, logs) as system:
             if (missing := await system.until_whole(_READY_TIMEOUT_S, warm_within_s=_WARM_WITHIN_S)) is not None:
                 raise DidNotRun(f"the system does not become ready: {missing}")
-            return await _run(system, arguments)
+            return await _run(system, arguments, logs)
 
 
-async def _run(system: ChaosSystem, arguments: argparse.Namespace) -> dict[str, Any]:
+async def _run(system: ChaosSystem, arguments: argparse.Namespace, logs: Path) -> dict[str, Any]:
     prompts = make_prompts(arguments.prompts)
     clients = Clients(system.gateway_ports, model=arguments.model, resumes=arguments.gateways)
     began_s = time.monotonic()
@@ -76,6 +77,7 @@ async def _run(system: ChaosSystem, arguments: argparse.Namespace) -> dict[str, 
     ]
     faults = plan_faults(arguments.kills, arguments.kinds, arguments.seed)
     seen, skipped = await _disturbed(system, clients, prompts, faults, arguments)
+    _keep(logs / "seen.json", {"faults": seen, "first": first, "control": control, "streams": clients.streams})
     expected = {stream.prompt: stream.tokens for stream in first}
     greedy = {prompt.number: prompt.is_greedy for prompt in prompts}
     judged, judged_control = (judge(streams, expected, greedy) for streams in (clients.streams, control))
@@ -177,6 +179,12 @@ def _line(fault: Fault, seen: FaultSeen | None, streams: Sequence[Stream]) -> st
     return line
 
 
+def _keep(path: Path, seen: Mapping[str, Sequence[FaultSeen | Stream]]) -> None:
+    """Everything that was seen, for whoever looks for the cause. Times are to be compared with `now_s`."""
+    told = {name: [dataclasses.asdict(one) for one in values] for name, values in seen.items()}
+    path.write_text(json.dumps({"now_s": time.monotonic(), "now_at_s": time.time(), **told}))
+
+
 def _first(error: BaseException) -> BaseException:
     return _first(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
 
@@ -210,7 +218,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--worker-flags", default="", help="beside our own, in one text")
     parser.add_argument("--whole-within-s", type=float, default=120.0, help="longest wait after a fault")
     parser.add_argument("--within-s", type=float, default=float("inf"), help="no further fault after so long")
-    parser.add_argument("--logs", type=Path, default=None, help="folder for the parts' logs; none: not kept")
+    parser.add_argument(
+        "--logs", type=Path, default=None, help="folder for the parts' logs and seen.json; none: not kept"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     arguments = parser.parse_args(argv)
     if arguments.kinds is None:
