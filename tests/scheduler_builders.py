@@ -113,10 +113,13 @@ def make_settings(**changes: object) -> SchedulerSettings:
 
 
 def make_step(
-    epoch: int, *events: tuple[str, int, int, FinishReason | None], failed: tuple[str, ...] = ()
+    epoch: int,
+    *events: tuple[str, int, int, FinishReason | None],
+    failed: tuple[str, ...] = (),
+    pipeline: int = 1,
 ) -> StepTokens:
     return StepTokens(
-        pipeline=1,
+        pipeline=pipeline,
         epoch=epoch,
         step=0,
         events=tuple(TokenEvent(sequence=s, index=i, token=t, finish=f) for s, i, t, f in events),
@@ -133,12 +136,13 @@ def make_stage(
     oldest_step_age_s: float = 0,
     pass_age_s: float = 0,
     longest_pass_s: float = 0,
+    pipeline: int = 1,
 ) -> StageReport:
     head = HeadReport(
         running=0, waiting=0, free_blocks=1, num_blocks=1, steps_under_way=0, oldest_step_age_s=oldest_step_age_s
     )
     return StageReport(
-        pipeline=1,
+        pipeline=pipeline,
         epoch=epoch,
         index=index,
         first_layer=layers[0],

@@ -69,7 +69,7 @@ from molink_scheduler.instructions import (
     TakeEpoch,
 )
 from molink_scheduler.machine import Machine
-from molink_scheduler.records import Snapshot, StoredSequence
+from molink_scheduler.records import PipelineRecord, Snapshot, StoredSequence
 from tests.scheduler_builders import make_heartbeat, make_request, make_settings
 
 MAX_TOKENS = 4
@@ -93,14 +93,18 @@ class FakeWorker:
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    @initialize(stages=st.sampled_from(("auto", 2)), max_sequences=st.integers(1, 4))
-    def begin(self, stages: str | int, max_sequences: int) -> None:
-        self.settings = make_settings(stages=stages, max_sequences=max_sequences, pipeline_wait_s=20.0)
+    @initialize(
+        stages=st.sampled_from(("auto", 2)), pipelines=st.sampled_from(("auto", 1)), max_sequences=st.integers(1, 4)
+    )
+    def begin(self, stages: str | int, pipelines: str | int, max_sequences: int) -> None:
+        self.settings = make_settings(
+            stages=stages, pipelines=pipelines, max_sequences=max_sequences, pipeline_wait_s=20.0
+        )
         self.now_s = 100.0
         self.workers: dict[str, FakeWorker] = {}
         self.inbox: list[Event] = []
         self.store: dict[str, StoredSequence] = {}
-        self.snapshot = Snapshot()
+        self.layouts: dict[int, PipelineRecord] = {}
         self.epoch = self.assigned_epoch = 0
         self.number = 0
         self.submitted: dict[int, str] = {}
@@ -132,13 +136,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             case StopSequenceAt(name, stop):
                 if name in self.workers:
                     self.workers[name].held.pop(stop.sequence, None)
-            case ReleaseStageOf(name):
-                if name in self.workers:
+            case ReleaseStageOf(name, pipeline):
+                held_stage = self.workers[name].assignment if name in self.workers else None
+                if held_stage is not None and held_stage.pipeline == pipeline:
                     self.workers[name].assignment = None
-            case AskSequencesOf(name):
+            case AskSequencesOf(name, pipeline):
                 worker = self.workers.get(name)
-                if worker is not None and worker.is_alive and worker.assignment is not None:
-                    held = SequencesHeld(pipeline=1, epoch=worker.assignment.epoch, sequences=tuple(worker.held))
+                stage_held = worker.assignment if worker is not None and worker.is_alive else None
+                if worker is not None and stage_held is not None and stage_held.pipeline == pipeline:
+                    held = SequencesHeld(pipeline=pipeline, epoch=stage_held.epoch, sequences=tuple(worker.held))
                     self.inbox.append(SequencesHeldArrived(held, self.now_s))
             case ReplyTo(reply, message):
                 sequence = self.submitted.pop(reply)  # a second answer raises
@@ -165,7 +171,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert name not in self.ended, "ended twice"
                 self.ended.add(name)
             case SavePipeline(layout):
-                self.snapshot = Snapshot(epoch=layout.epoch, pipelines=(layout,))
+                self.layouts[layout.pipeline] = layout
             case ProbeWorker(name):
                 self.inbox.append(WorkerProbed(name, name in self.workers))
             case PreloadStagesAt(name, stages):
@@ -214,7 +220,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if worker.assignment is not None:
             a = worker.assignment
             stage = StageReport(
-                pipeline=1,
+                pipeline=a.pipeline,
                 epoch=a.epoch,
                 index=a.index,
                 first_layer=a.first_layer,
@@ -322,7 +328,12 @@ class SchedulerMachine(RuleBasedStateMachine):
                 if finish is not None:
                     del worker.held[sequence]
             self.old_steps.append(
-                StepTokens(pipeline=1, epoch=worker.assignment.epoch, step=len(self.old_steps), events=tuple(events))
+                StepTokens(
+                    pipeline=worker.assignment.pipeline,
+                    epoch=worker.assignment.epoch,
+                    step=len(self.old_steps),
+                    events=tuple(events),
+                )
             )
             if not is_lost:
                 self.post(TokensArrived(self.old_steps[-1]))
@@ -343,7 +354,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.submitted.clear()  # those who asked hear nothing, and nothing was promised to them
         self.machine = Machine(self.settings)
         stored = tuple(self.store.values())
-        self.post(Restored(Snapshot(epoch=self.epoch, pipelines=self.snapshot.pipelines, sequences=stored)))
+        pipelines = tuple(self.layouts.values())
+        self.post(Restored(Snapshot(epoch=self.epoch, pipelines=pipelines, sequences=stored)))
 
     # --- what must be true ---
 
@@ -352,15 +364,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "machine"):
             return
         books = self.machine.books
-        pipeline = books.pipeline
-        unformed = (PipelinePhase.WAITING, PipelinePhase.FORMING)
-        assert (pipeline.layout is None) == (pipeline.phase in unformed)
+        in_layouts: list[str] = []
+        for pipeline in books.pipelines.values():
+            unformed = (PipelinePhase.WAITING, PipelinePhase.FORMING)
+            assert (pipeline.layout is None) == (pipeline.phase in unformed)
+            in_layouts += pipeline.layout.workers if pipeline.layout is not None else ()
+        assert len(set(in_layouts)) == len(in_layouts), "a worker in two pipelines"
         assert set(books.sequences) <= set(self.store), "what is in the books is in the store"
         for sequence in books.sequences.values():
             assert sequence.generated == [true_token(sequence.id, i) for i in range(len(sequence.generated))]
             assert sequence.id not in self.ended
             if sequence.phase in (SequencePhase.STARTING, SequencePhase.RUNNING):
-                assert pipeline.layout is not None and sequence.epoch == pipeline.layout.epoch
+                layout = books.pipelines[sequence.pipeline or 0].layout
+                assert layout is not None and sequence.epoch == layout.epoch
             if sequence.phase is not SequencePhase.SAVING:
                 assert list(self.store[sequence.id].tokens) == sequence.generated
         for sequence_id in self.admitted:

@@ -176,7 +176,7 @@ def test_an_outage_of_the_broker_is_nobody_s_silence(running: Driver) -> None:
 
 
 def test_more_workers_are_taken_in_when_nobody_is_served() -> None:
-    driver = Driver(make_settings(stages="auto"))
+    driver = Driver(make_settings(stages="auto", pipelines=1))
     driver.wait(1.5, beats=(make_heartbeat("w1"),))
     driver.do(EpochTaken(1))
     alone = make_heartbeat("w1", stage=make_stage(1, 0, (0, 4)))

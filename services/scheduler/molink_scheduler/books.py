@@ -234,6 +234,11 @@ class Books:
     finished_s: deque[float] = field(default_factory=lambda: deque(maxlen=64))
     """When the last sequences ended, for the estimate of a time to retry."""
     highest_epoch: int = 0
+    idle_seen: tuple[object, ...] = ()
+    """Idle workers, as they were last looked at, and since when it is these."""
+    idle_since_s: float = 0.0
+    idle_hopeless: tuple[object, ...] = ()
+    """Idle workers that cannot hold the model."""
     deaf_until_s: float = 0.0
     """Silence before this moment is ours, not theirs."""
     store_down_s: float | None = None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count
 
-from molink_scheduler.books import Books, Pipeline, PipelinePhase, Worker
+from molink_scheduler.books import FIRST_PIPELINE, Books, Pipeline, PipelinePhase, Worker
 from molink_scheduler.fitness import fit_workers, place_over
 from molink_scheduler.instructions import BroadcastState, Instruction, SavePipeline, TakeEpoch
 from molink_scheduler.layouts import assignments, new_layout
+from molink_scheduler.standby import idle_workers
 
 REGROUP_S = 10.0
 """How long a lost pipeline that nobody waits for is given to find as many workers as it is to have."""
@@ -76,6 +78,37 @@ def place_and_assign(books: Books, pipeline: Pipeline, epoch: int, now_s: float)
     yield BroadcastState()
 
 
+def form_further(books: Books, now_s: float) -> Iterator[Instruction]:
+    """Begin another pipeline of idle workers when they can hold the whole model; else they are standbys."""
+    settings, pipelines = books.settings, books.pipelines
+    if not all(one.is_ready for one in pipelines.values()) or _is_enough(settings.pipelines, len(pipelines)):
+        return
+    idle = idle_workers(books, now_s)
+    least = 1 if settings.stages == "auto" else settings.stages
+    asked = (least, *((worker.name, worker.heartbeat.memory_bytes) for worker in idle))
+    if books.idle_seen != asked:
+        books.idle_seen, books.idle_since_s = asked, now_s
+    if len(idle) < least or books.idle_hopeless == asked or now_s - books.idle_since_s < settings.settle_s:
+        return
+    placement, _, _ = place_over(books, idle, at_least=least)
+    if not placement.pipelines:
+        books.idle_hopeless = asked
+        return
+    number = next(number for number in count(FIRST_PIPELINE) if number not in pipelines)
+    pipeline = pipelines[number] = Pipeline(number=number, placement=placement)
+    pipeline.move(PipelinePhase.FORMING, now_s)
+    yield TakeEpoch(books.highest_epoch, number)
+
+
+def is_given_up(books: Books, pipeline: Pipeline) -> bool:
+    """Whether a pipeline that waits for workers is one too many: another serves, and idle workers may join it."""
+    return pipeline.phase is PipelinePhase.WAITING and any(one.layout is not None for one in books.pipelines.values())
+
+
+def _is_enough(most: int | str, have: int) -> bool:
+    return isinstance(most, int) and have >= most
+
+
 def can_do_without(books: Books, pipeline: Pipeline, leaving: Worker, now_s: float) -> bool:
     """Whether the others can hold the model; else a leaving worker serves for as long as it stays."""
     others = [worker for worker in available(books, pipeline, now_s) if worker is not leaving]
@@ -88,6 +121,8 @@ def why_anew(books: Books, pipeline: Pipeline, now_s: float) -> str | None:
     assert layout is not None, "a pipeline that loads or serves has a layer map"
     if books.sequences or not pipeline.is_ready or not set(pipeline.fit) - layout.workers:
         return None
+    if len(books.pipelines) > 1:
+        return None  # the others serve, or are about to
     if now_s - max(pipeline.fit_since_s, pipeline.phase_since_s) < books.settings.settle_s:
         return None
     if books.settings.stages != "auto" and len(layout.stages) >= books.settings.stages:

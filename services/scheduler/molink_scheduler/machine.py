@@ -131,9 +131,11 @@ class Machine:
         books = self.books
         assert books.pipeline.phase is PipelinePhase.WAITING and not books.workers, "restored once, at the start"
         books.highest_epoch = snapshot.epoch
-        for record in snapshot.pipelines:
+        for record in sorted(snapshot.pipelines, key=lambda one: -one.epoch):
             books.highest_epoch = max(books.highest_epoch, record.epoch)
-            pipeline_desk.restore(books, record, now_s)
+            # a pipeline that was given up is still in the store: its workers have a later one
+            if all(books.pipeline_of(worker) is None for worker in record.workers):
+                pipeline_desk.restore(books, record, now_s)
         for stored in snapshot.sequences:
             yield from sequence_desk.restore(books, stored, now_s)
         for heartbeat in snapshot.workers:

@@ -64,6 +64,7 @@ def assign_answered(books: Books, name: str, epoch: int, problem: str | None, no
 
 def plan(books: Books, now_s: float) -> Iterator[Instruction]:
     """The next step of each pipeline's life, if it is due."""
+    yield from forming.form_further(books, now_s)
     for pipeline in list(books.pipelines.values()):
         yield from _plan_one(books, pipeline, now_s)
     yield from standby.preload(books, now_s)
@@ -98,6 +99,9 @@ def restore(books: Books, layout: PipelineRecord, now_s: float) -> None:
 
 
 def _plan_one(books: Books, pipeline: Pipeline, now_s: float) -> Iterator[Instruction]:
+    if forming.is_given_up(books, pipeline):
+        del books.pipelines[pipeline.number]
+        return
     forming.look_around(books, pipeline, now_s)
     match pipeline.phase:
         case PipelinePhase.WAITING:

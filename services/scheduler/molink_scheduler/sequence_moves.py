@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from molink_common.messages import FinishReason, SequenceFailed, StartSequence, StopSequence
@@ -15,6 +16,7 @@ from molink_scheduler.instructions import (
     StartSequenceAt,
     StopSequenceAt,
 )
+from molink_scheduler.prediction import Load, first_to_finish
 
 
 def start(books: Books, sequence: Sequence, now_s: float) -> Iterator[Instruction]:
@@ -45,14 +47,34 @@ def start(books: Books, sequence: Sequence, now_s: float) -> Iterator[Instructio
 
 
 def choose(books: Books, sequence: Sequence) -> Pipeline | None:
-    """Who is to serve a sequence; None when none that is ready can."""
+    """Who is to serve a sequence: where it is finished first. None when none that is ready can."""
+    able: dict[int, Pipeline] = {}
     for pipeline in books.ready_pipelines:
         layout = pipeline.layout
         assert layout is not None, "a pipeline that is ready has a layer map"
         has_room = sequence.most_tokens <= layout.kv_capacity_tokens
         if has_room and sequence.record.fingerprint == layout.card.fingerprint:
-            return pipeline
-    return None
+            able[pipeline.number] = pipeline
+    if len(able) < 2:
+        return next(iter(able.values()), None)
+    assigned = Counter(one.pipeline for one in books.sequences.values())
+    loads = [_load(books, pipeline, assigned[number]) for number, pipeline in able.items()]
+    tokens = sequence.record.request.options.max_tokens - len(sequence.generated)
+    return able[first_to_finish(loads, tokens=tokens)]
+
+
+def _load(books: Books, pipeline: Pipeline, assigned: int) -> Load:
+    layout = pipeline.layout
+    assert layout is not None, "a pipeline that is ready has a layer map"
+    worker = books.workers.get(layout.head)
+    report = worker.report_of(layout) if worker is not None else None
+    head = report.head if report is not None else None
+    return Load(
+        pipeline=pipeline.number,
+        assigned=assigned,
+        reported=head.running + head.waiting if head is not None else 0,
+        cycle_s=head.cycle_s if head is not None else None,
+    )
 
 
 def _fail_if_hopeless(books: Books, sequence: Sequence, now_s: float) -> Iterator[Instruction]:

@@ -22,6 +22,10 @@ class SchedulerSettings(ServiceSettings):
         Literal["auto"] | Annotated[int, Field(ge=1)],
         Field(description="stages of a pipeline; auto: every fit worker holds one"),
     ] = "auto"
+    pipelines: Annotated[
+        Literal["auto"] | Annotated[int, Field(ge=1)],
+        Field(description="most pipelines side by side; auto: as many as idle workers can hold the whole model"),
+    ] = "auto"
     dtype: Annotated[
         Literal["auto"] | Dtype,
         Field(description="float32, bfloat16, float16; auto: bfloat16 where every worker is best at it"),
