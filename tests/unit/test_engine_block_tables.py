@@ -39,6 +39,13 @@ def test_blocks_of_a_shared_prefix_are_not_cleared() -> None:
     assert book.apply([opening(2, 2, 3, 9, 4, start=8)], ()).blocks_to_clear == (4,)
 
 
+def test_a_sequence_that_opens_again_in_its_middle_keeps_the_tokens_before() -> None:
+    book = tables()
+    book.apply([opening(1, 6, 3, 9)], ())
+    assert book.apply([opening(1, 1, 3, 9, 4, start=6)], ()).blocks_to_clear == (4,)
+    assert book.apply([opening(1, 1, 3, 9, 4, start=8)], ()).blocks_to_clear == (4,)
+
+
 def test_a_sequence_may_go_back_and_write_over() -> None:
     book = tables()
     book.apply([opening(1, 7, 3, 9)], ())

@@ -82,3 +82,13 @@ def test_a_close_that_the_next_life_has_overtaken_does_nothing() -> None:
     assert fence.enter(7, [], {sequence_id(7): 3}) is None
     assert fence.enter(9, [entry(5, 1)], {}) is None
     assert fence.enter(10, [entry(6, 1)], {sequence_id(7): 8}) is Drop.HOLE
+
+
+def test_a_sequence_opens_again_only_where_what_is_before_is_here() -> None:
+    fence = Fence(pipeline=1, epoch=3)
+    assert fence.enter(1, [entry(4, 1, opens=True)], {}) is Drop.HOLE
+    fence.enter(2, [entry(0, 4, opens=True)], {})
+    fence.enter(3, [entry(4, 4)], {})
+    assert fence.enter(4, [entry(6, 1, opens=True)], {}) is None
+    assert fence.enter(5, [entry(8, 1, opens=True)], {}) is Drop.HOLE  # it went back to 7
+    assert fence.enter(6, [entry(0, 2, opens=True)], {}) is None

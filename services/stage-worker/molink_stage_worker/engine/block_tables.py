@@ -92,7 +92,9 @@ class BlockTables:
             written.update(touched)
             if entry.new_blocks:
                 num_old = len(table.blocks) - len(entry.new_blocks)
-                first_unfilled = max(num_old, (entry.start + entry.count) // self._block_size)
+                # a sequence that opens in its middle has tokens in the blocks that it names
+                kept = -(-entry.start // self._block_size)
+                first_unfilled = max(num_old, kept, (entry.start + entry.count) // self._block_size)
                 to_clear += table.blocks[first_unfilled:].tolist()
             spans.append(Span(row, entry.start, entry.count, table.blocks))
             row += entry.count
