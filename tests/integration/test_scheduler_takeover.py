@@ -24,6 +24,7 @@ from molink_common.messages import (
     AskSequences,
     AskState,
     AssignStage,
+    CancelSequence,
     ClusterState,
     Done,
     FinishReason,
@@ -54,6 +55,7 @@ class OneWorker:
         self.stage: StageReport | None = None
         self.assignments: list[AssignStage] = []
         self.starts: list[StartSequence] = []
+        self.stops: list[StopSequence] = []
         self._running: dict[str, StartSequence] = {}
         self._told = asyncio.Event()
 
@@ -80,6 +82,7 @@ class OneWorker:
             self.starts.append(message)
             self._running[message.sequence] = message
         elif isinstance(message, StopSequence):
+            self.stops.append(message)
             self._running.pop(message.sequence, None)
         self._told.set()
         return Done()
@@ -276,6 +279,8 @@ async def test_a_frozen_scheduler_that_was_replaced_wakes_and_does_nothing(stand
         await stand.worker.speak(sequence, index)
         await stand.worker.speak(later, index)
     await stand.until_tokens(later, 10)
+    await stand.bus.send(subjects.CANCEL, CancelSequence(sequence=sequence, reason="the client went away"))
+    await stand.worker.until(lambda: bool(stand.worker.stops))
     async with watching(stand.redis) as scripts:
         frozen.process.send_signal(signal.SIGCONT)
         await frozen.until_logged(b"standing by")
@@ -284,12 +289,13 @@ async def test_a_frozen_scheduler_that_was_replaced_wakes_and_does_nothing(stand
     of_old = [commands for owner, commands in scripts if owner == old.split()[1]]
     assert of_old, "it asked whether it is still the active one"
     assert {command for commands in of_old for command in commands} == {"GET"}, "and wrote nothing"
-    assert [start.sequence for start in stand.worker.starts].count(later) == 1, "and told the head nothing"
+    assert [start.sequence for start in stand.worker.starts] == [sequence, later], "and told the head nothing"
+    assert len(stand.worker.stops) == 1
     assert len(stand.worker.assignments) == 1
     # it serves again when it is needed
     standby.process.kill()
     await frozen.until_logged(b"scheduler active")
-    await stand.until_state(lambda state: state.ready and state.sequences == 2)
+    await stand.until_state(lambda state: state.ready and state.sequences == 1)
     assert (await stand.term()).startswith("3 ")
 
 
