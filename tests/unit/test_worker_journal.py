@@ -17,13 +17,17 @@ def rows(start: int, count: int, version: int = 0) -> memoryview:
     )
 
 
+def kept_rows(start: int, count: int, version: int = 0) -> bytes:
+    return bytes(rows(start, count, version))
+
+
 def test_rows_come_back_whatever_chunks_they_came_in() -> None:
     journal = Journal()
     for start, count in ((0, 5), (5, 1), (6, 1), (7, 9)):
         journal.record(7, start, count, rows(start, count))
-    assert journal.replay(7, 0, 16) == rows(0, 16)
-    assert journal.replay(7, 4, 3) == rows(4, 3)
-    assert journal.replay(7, 8, 8) == rows(8, 8)
+    assert journal.replay(7, 0, 16) == kept_rows(0, 16)
+    assert journal.replay(7, 4, 3) == kept_rows(4, 3)
+    assert journal.replay(7, 8, 8) == kept_rows(8, 8)
     assert journal.replay(7, 8, 9) is None
     assert journal.replay(8, 0, 1) is None
     journal.check_invariants()
@@ -37,7 +41,7 @@ def test_what_is_written_again_ends_the_prefix_there() -> None:
     assert journal.num_tokens(7) == 7
     assert journal.replay(7, 4, 3) == bytes(rows(4, 1)) + bytes(rows(5, 2, version=1))
     journal.record(7, 0, 1, rows(0, 1, version=2))
-    assert journal.replay(7, 0, 1) == rows(0, 1, version=2)
+    assert journal.replay(7, 0, 1) == kept_rows(0, 1, version=2)
     assert journal.replay(7, 0, 2) is None
     journal.check_invariants()
 
