@@ -13,8 +13,9 @@ from molink_common.identity import sequence_id
 from molink_common.messages import FinishReason, TokenEvent
 from molink_common.sampling import SamplingOptions
 from molink_common.wire import Opening
-from molink_stage_worker.noise import philox, uniform
-from molink_stage_worker.sampling import Sampler
+from molink_stage_worker.noise import philox, token_key
+from molink_stage_worker.race import exponentials
+from molink_stage_worker.sampling import Sampler, draw
 
 EOS = 2
 SIZE = 50
@@ -54,7 +55,7 @@ def test_the_noise_is_philox_as_numpy_has_it(seed: int, index: int) -> None:
     generator = np.random.Philox(key=np.array([seed, 0], dtype=np.uint64), counter=np.array(counter, dtype=np.uint64))
     raw = [int(word) for word in generator.random_raw(4)]
     assert list(philox((index, 0, 0, 0), (seed, 0))) == raw
-    assert uniform(seed, index) == (raw[0] >> 11) / 2**53
+    assert token_key(seed, index) == raw[0]
 
 
 def test_a_known_value_of_the_noise() -> None:
@@ -156,6 +157,31 @@ def test_draws_follow_the_distribution() -> None:
         counts[one_token(made, logits, name).token] += 1
     assert (counts[10:14] / 4000 - weights).abs().max() < 0.03
     assert counts.sum() == counts[10:14].sum()
+
+
+def lowbias32(bits: int) -> int:
+    bits = ((bits ^ bits >> 16) * 0x7FEB352D) & 0xFFFFFFFF
+    bits = ((bits ^ bits >> 15) * 0x846CA68B) & 0xFFFFFFFF
+    return bits ^ bits >> 16
+
+
+@pytest.mark.parametrize("key", [0, 1, 0x16554D9ECA36314C, 2**64 - 1])
+def test_the_noise_of_a_race_is_the_published_hash_and_exponential(key: int) -> None:
+    times = exponentials(key, 49152, torch.device("cpu"))
+    for token in (0, 1, 77, 49151):
+        bits = lowbias32(lowbias32(token ^ key & 0xFFFFFFFF) ^ key >> 32) & 0x7FFFFFFF
+        assert float(times[token]) == pytest.approx(-math.log1p(-(bits + 0.5) / 2**31), rel=1e-5, abs=1e-9)
+    assert float(times.mean()) == pytest.approx(1.0, abs=0.03)
+    assert float((times > 1.0).float().mean()) == pytest.approx(math.exp(-1), abs=0.01)
+
+
+def test_noise_of_another_batch_changes_no_token_of_a_flat_tail() -> None:
+    torch.manual_seed(2)
+    logits = torch.randn(49152)
+    moved = logits + 1e-5 * torch.randn(49152)
+    options = [SamplingOptions(max_tokens=9, temperature=0.8)]
+    draws = [draw(logits[None], options, [token_key(5, index)]) for index in range(300)]
+    assert draws == [draw(moved[None], options, [token_key(5, index)]) for index in range(300)]
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,6 @@ def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[in
     return word_0, word_1, word_2, word_3
 
 
-def uniform(seed: int, index: int) -> float:
-    """The number in [0, 1) that chooses token `index` of a sequence with this seed."""
-    return (philox((index, 0, 0, 0), (seed, 0))[0] >> 11) * 2.0**-53
+def token_key(seed: int, index: int) -> int:
+    """The 64 bits that choose token `index` of a sequence with this seed."""
+    return philox((index, 0, 0, 0), (seed, 0))[0]

@@ -3,11 +3,12 @@
 The same sequence gives the same token whatever else is in the batch: every reduction runs along the vocabulary
 of one row, and the random number is a function of the seed and the token's index (see `noise`).
 
-How a draw works. One uniform number is looked up in the cumulative distribution *in the order of token ids*;
-filters (top-k, top-p, min-p) only decide a least logit, and tokens that tie with it stay. Sorting by likelihood
-and looking up there would be the usual way, but two neighbours that swap places over a difference of 1e-6 between
-two machines would then swap tokens; in id order such a difference only shifts a border by as much. Gumbel noise
-would do as well and costs a random number per vocabulary entry.
+How a draw works. Every token of the vocabulary runs a race: its time is exponential noise divided by its weight, and
+the first one is drawn (Gumbel-max in other words; Efraimidis and Spirakis, 2006). Filters (top-k, top-p, min-p) only
+decide a least logit, and tokens that tie with it stay. Another batch or another machine moves logits by about 1e-6,
+and with them each runner's time by as much: the winner changes only if two were that close. Looking one random number
+up in the cumulative distribution costs less, but there the differences of all tokens add up, and in the tail, where
+tokens are thin, they are enough to hit another one.
 
 Shapes: R rows (sequences), G rows of a group, V vocabulary, K likeliest.
 """
@@ -24,7 +25,8 @@ import torch
 from molink_common.messages import FinishReason, TokenEvent, TokenLogprob
 from molink_common.sampling import SamplingOptions
 from molink_common.wire import Opening
-from molink_stage_worker.noise import uniform
+from molink_stage_worker.noise import token_key
+from molink_stage_worker.race import exponentials
 
 _LIKELIEST = (64, 1024)
 """Top-p is settled among so many tokens if they hold enough of the mass; sorting all of V takes far longer."""
@@ -131,9 +133,9 @@ class Sampler:
         ]
         if drawn:
             options = [states[rows[place]].options for place in drawn]
-            noise = [uniform(states[rows[place]].options.seed, len(states[rows[place]].generated)) for place in drawn]
+            keys = [token_key(states[rows[place]].options.seed, len(states[rows[place]].generated)) for place in drawn]
             picked = logits_GV if len(drawn) == len(rows) else logits_GV[drawn]
-            for place, token in zip(drawn, draw(picked, options, noise), strict=True):
+            for place, token in zip(drawn, draw(picked, options, keys), strict=True):
                 tokens[place] = token
         return list(zip(rows, tokens, strict=True))
 
@@ -160,8 +162,8 @@ class Sampler:
         }
 
 
-def draw(logits_GV: torch.Tensor, options: Sequence[SamplingOptions], noise: Sequence[float]) -> list[int]:
-    """A token for each row by its temperature, filters and uniform number. Each row has a finite maximum."""
+def draw(logits_GV: torch.Tensor, options: Sequence[SamplingOptions], keys: Sequence[int]) -> list[int]:
+    """A token for each row by its temperature, filters and 64-bit key. Each row has a finite maximum."""
     device = logits_GV.device
     temperature_G1 = torch.tensor([[max(one.temperature, 1e-4)] for one in options], device=device)
     best_G1 = logits_GV.amax(dim=-1, keepdim=True)
@@ -172,13 +174,9 @@ def draw(logits_GV: torch.Tensor, options: Sequence[SamplingOptions], noise: Seq
         least_G1 = torch.full_like(best_G1, -math.inf)
         least_G1[filtered] = _least_kept(scaled_GV[filtered], [options[place] for place in filtered])
         weights_GV.masked_fill_(scaled_GV < least_G1, 0.0)
-    if device.type == "mps":  # has no float64
-        weights_GV = weights_GV.cpu()
-    cumulative_GV = weights_GV.cumsum(dim=-1, dtype=torch.float64)
-    target_G1 = torch.tensor(noise, dtype=torch.float64, device=cumulative_GV.device)[:, None] * cumulative_GV[:, -1:]
-    # the first token whose share reaches beyond the target; one of weight 0 never is
-    tokens_G1 = torch.searchsorted(cumulative_GV, target_G1, right=True)
-    tokens: list[int] = tokens_G1[:, 0].tolist()
+    # a weight of 0 never wins: its time is infinite, and that of the likeliest token is not
+    times_GV = torch.stack([exponentials(key, logits_GV.shape[1], device) for key in keys]).div_(weights_GV)
+    tokens: list[int] = times_GV.argmin(dim=-1).tolist()
     return tokens
 
 
