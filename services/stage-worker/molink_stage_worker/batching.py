@@ -149,12 +149,13 @@ class Batcher:
     def demand(self) -> Demand:
         """What the planner must know of the present load."""
         decoding = [sequence for sequence in self._running.values() if sequence.is_decoding]
-        prompts = sum(one.unplanned for one in self._running.values() if not one.is_decoding)
+        prompts = [one.unplanned for one in self._running.values() if not one.is_decoding and one.unplanned]
         context = sum(len(one.tokens) for one in decoding)
         return Demand(
             decoding=len(decoding),
             context_tokens=context // len(decoding) if decoding else 0,
-            prompt_tokens_waiting=prompts + self._residents.tokens_waiting,
+            prompt_tokens_waiting=sum(prompts) + self._residents.tokens_waiting,
+            prompts_waiting=len(prompts) + self._residents.num_waiting,
         )
 
     def report(self) -> HeadReport:

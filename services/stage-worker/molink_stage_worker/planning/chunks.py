@@ -59,9 +59,18 @@ def starting_chunk_tokens(*, step_tokens: int, token_bytes: int) -> int:
 
 
 def separate_chunk_tokens(
-    machine: Machine, *, step_tokens: int, context_tokens: int, cycle_s: float | None, latency_target_s: float | None
+    machine: Machine,
+    *,
+    step_tokens: int,
+    context_tokens: int,
+    cycle_s: float | None,
+    crowd: float,
+    latency_target_s: float | None,
 ) -> int:
     """Prompt tokens of a step of their own. `cycle_s` None: nothing decodes.
+
+    `crowd` is how many prompts wait for each sequence that decodes. Where many wait for few, as after a fault, the few
+    give way: a chunk may take a stage that many cycles.
 
     Two wishes pull apart. A decode step that finds a chunk in a stage waits for its end: so a chunk should take no
     stage more than a quarter of a cycle. And every chunk pays a step's fixed cost: so a token should not cost more
@@ -79,7 +88,7 @@ def separate_chunk_tokens(
         most_s = float("inf") if latency_target_s is None else latency_target_s
         return min(efficient, _largest_within(sizes, costs_s, most_s))
     one_s = max(curve.compute_s(1, 1, context_tokens) for curve in machine.stages)
-    stall_s = max(_STALL_SHARE * cycle_s, _STALL_STEPS * one_s)
+    stall_s = max(max(_STALL_SHARE, crowd) * cycle_s, _STALL_STEPS * one_s)
     most_s = max(_MOST_STALL_SHARE * cycle_s, stall_s)
     if latency_target_s is not None:
         most_s = min(most_s, max(latency_target_s - cycle_s, 0.0))

@@ -43,9 +43,11 @@ class Demand:
     """Mean context of a sequence."""
     prompt_tokens_waiting: int
     """Prompt tokens that no step was planned for yet."""
+    prompts_waiting: int = 0
+    """Sequences that they belong to."""
 
     def __post_init__(self) -> None:
-        if min(self.decoding, self.context_tokens, self.prompt_tokens_waiting) < 0:
+        if min(self.decoding, self.context_tokens, self.prompt_tokens_waiting, self.prompts_waiting) < 0:
             raise ValueError(f"no number of a demand is negative: {self}")
 
 

@@ -27,6 +27,8 @@ _MOST_PROMPT_SHARE = 0.7
 _LEAST_PROMPT_SHARE = 0.01
 _CHUNK_CHANGE = 1.4
 _CHUNK_REST_S = 3.0
+_CHUNK_JUMP = 2.0
+"""So many times the present chunk waits for no rest: a crowd of prompts has come."""
 
 
 class Planner:
@@ -171,6 +173,7 @@ class Planner:
                 step_tokens=self._step_tokens,
                 context_tokens=demand.context_tokens,
                 cycle_s=decode_only_s,
+                crowd=demand.prompts_waiting / max(demand.decoding, 1),
                 latency_target_s=self._latency_target_s,
             )
         else:
@@ -209,7 +212,8 @@ class Planner:
         before = self._plan.chunk_tokens
         if separate == self._plan.separate_prefill:
             is_near = before <= _CHUNK_CHANGE * wanted and wanted <= _CHUNK_CHANGE * before
-            if is_near or (self._cut_at_s is not None and now_s - self._cut_at_s < _CHUNK_REST_S):
+            is_resting = self._cut_at_s is not None and now_s - self._cut_at_s < _CHUNK_REST_S
+            if is_near or (is_resting and wanted < _CHUNK_JUMP * before):
                 return before
         self._cut_at_s = now_s
         return wanted
