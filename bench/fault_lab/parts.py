@@ -28,6 +28,7 @@ class Plan:
     schedulers: int = 2
     gateways: int = 2
     worker_memory_bytes: int = 3 << 30
+    worker_module: str = "molink_stage_worker"
     scheduler_flags: tuple[str, ...] = ()
     gateway_flags: tuple[str, ...] = ()
     worker_flags: tuple[str, ...] = ()
@@ -85,7 +86,7 @@ def service_parts(
     for name in plan.worker_names:
         flags = ("--nats-url", f"nats://127.0.0.1:{link_ports[name]}", "--worker-id", name, "--threads", "1")
         flags = (*flags, "--memory", f"{plan.worker_memory_bytes}B", *plan.worker_flags)
-        parts.append(_part(name, Kind.WORKER, logs, "molink_stage_worker", *flags))
+        parts.append(_part(name, Kind.WORKER, logs, plan.worker_module, *flags))
     return parts
 
 

@@ -95,6 +95,19 @@ class Processes:
         self._away.add(name)
         self._end(name)
 
+    async def leave(self, name: str, timeout_s: float) -> bool:
+        """SIGTERM, and wait for its end. It stays away until it is started. False: it did not end in time."""
+        self._away.add(name)
+        process = self._processes[name]
+        process.terminate()
+        try:
+            await asyncio.to_thread(process.wait, timeout_s)
+            ended = True
+        except subprocess.TimeoutExpired:
+            ended = False
+        self._end(name)
+        return ended
+
     def _end(self, name: str) -> None:
         process = self._processes[name]
         kill_group(process.pid)
