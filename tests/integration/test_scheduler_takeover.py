@@ -281,6 +281,8 @@ async def test_a_frozen_scheduler_that_was_replaced_wakes_and_does_nothing(stand
     await stand.until_tokens(later, 10)
     await stand.bus.send(subjects.CANCEL, CancelSequence(sequence=sequence, reason="the client went away"))
     await stand.worker.until(lambda: bool(stand.worker.stops))
+    worker = stand.worker
+    starts, stops, assignments = len(worker.starts), len(worker.stops), len(worker.assignments)
     async with watching(stand.redis) as scripts:
         frozen.process.send_signal(signal.SIGCONT)
         await frozen.until_logged(b"standing by")
@@ -289,9 +291,9 @@ async def test_a_frozen_scheduler_that_was_replaced_wakes_and_does_nothing(stand
     of_old = [commands for owner, commands in scripts if owner == old.split()[1]]
     assert of_old, "it asked whether it is still the active one"
     assert {command for commands in of_old for command in commands} == {"GET"}, "and wrote nothing"
-    assert [start.sequence for start in stand.worker.starts] == [sequence, later], "and told the head nothing"
-    assert len(stand.worker.stops) == 1
-    assert len(stand.worker.assignments) == 1
+    assert len(stand.worker.starts) == starts, "and told the head nothing"
+    assert len(stand.worker.stops) == stops
+    assert len(stand.worker.assignments) == assignments
     # it serves again when it is needed
     standby.process.kill()
     await frozen.until_logged(b"scheduler active")
