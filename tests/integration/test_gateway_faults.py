@@ -30,6 +30,8 @@ from tests.integration.test_gateway_pool import (
     make_tokenizer,
     ready_gateway,
     running_gateway,
+    silent_pool,
+    submitted,
     until_healthy,
 )
 
@@ -41,18 +43,8 @@ END = 2
 
 @pytest.fixture
 async def pool(bus: NatsBus, tmp_path: Path) -> AsyncIterator[FakePool]:
-    """A pool that admits every sequence and says nothing by itself."""
-
-    async def be_silent(_: SubmitSequence) -> None:
-        return
-
-    async with fake_pool(bus, tmp_path) as pool:
-        pool.answer = be_silent
+    async with silent_pool(bus, tmp_path) as pool:
         yield pool
-
-
-async def submitted(pool: FakePool) -> SubmitSequence:
-    return await asyncio.wait_for(pool.submitted.get(), 5)
 
 
 async def cancelled(pool: FakePool) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,8 +14,8 @@ import pytest
 from molink.embedded import EmbeddedServer, start_nats
 from molink_common import subjects
 from molink_common.bus import BusSettings, NatsBus, open_bus
-from molink_common.messages import FinishReason, StepTokens, SubmitSequence, TokenEvent
-from tests.integration.test_gateway_pool import FakePool, fake_pool, ready_gateway, until_healthy
+from molink_common.messages import FinishReason, StepTokens, TokenEvent
+from tests.integration.test_gateway_pool import FakePool, ready_gateway, silent_pool, submitted, until_healthy
 
 CHAT = "/v1/chat/completions"
 BODY: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content": "Hello"}]}
@@ -31,20 +30,6 @@ async def pool(bus: NatsBus, tmp_path: Path) -> AsyncIterator[FakePool]:
 
     async with silent_pool(bus, tmp_path) as pool:
         yield pool
-
-
-@contextlib.asynccontextmanager
-async def silent_pool(bus: NatsBus, folder: Path) -> AsyncIterator[FakePool]:
-    async def be_silent(_: SubmitSequence) -> None:
-        return
-
-    async with fake_pool(bus, folder) as pool:
-        pool.answer = be_silent
-        yield pool
-
-
-async def submitted(pool: FakePool) -> SubmitSequence:
-    return await asyncio.wait_for(pool.submitted.get(), 5)
 
 
 def event(pool: FakePool, sequence: str, index: int, text: str) -> TokenEvent:

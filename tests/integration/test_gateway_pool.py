@@ -286,6 +286,23 @@ async def fake_pool(
 
 
 @contextlib.asynccontextmanager
+async def silent_pool(bus: NatsBus, folder: Path) -> AsyncIterator[FakePool]:
+    """A pool that admits every sequence and says nothing by itself."""
+
+    async def be_silent(_: SubmitSequence) -> None:
+        return
+
+    async with fake_pool(bus, folder) as pool:
+        pool.answer = be_silent
+        yield pool
+
+
+async def submitted(pool: FakePool) -> SubmitSequence:
+    """The next sequence that a gateway asks for."""
+    return await asyncio.wait_for(pool.submitted.get(), 5)
+
+
+@contextlib.asynccontextmanager
 async def running_gateway(server: EmbeddedServer, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
     """A gateway on a free port, in this loop; gives a client for it."""
     port = free_port()

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 from molink_common.messages import LayerRange, PreloadStages
 from molink_scheduler.books import Books, PipelinePhase, Worker
-from molink_scheduler.fitness import fit_workers
+from molink_scheduler.fitness import fit_workers, offers_of, placement_settings
 from molink_scheduler.instructions import Instruction, PreloadStagesAt
+from molink_scheduler.placement import can_hold
 from molink_scheduler.records import PipelineRecord, StageRecord
 
 PRELOAD_AGAIN_S = 5.0
@@ -20,22 +21,12 @@ def idle_workers(books: Books, now_s: float) -> list[Worker]:
     return [worker for worker in fit_workers(books, now_s) if books.pipeline_of(worker.name) is None]
 
 
-def stage_bytes(layout: PipelineRecord, stage: StageRecord) -> int:
-    """Weights and KV blocks of a stage."""
-    card, first, last = layout.card, stage.first_layer, stage.last_layer
-    parameters = sum(card.layer_parameters[first:last])
-    if first == 0:
-        parameters += card.embedding_parameters
-    if last == card.num_layers:
-        parameters += card.output_parameters
-    kv_scalars = sum(card.kv_scalars_per_token[first:last]) * layout.kv_capacity_tokens
-    return (parameters + kv_scalars) * layout.dtype.size_bytes
-
-
 def best_for(books: Books, layout: PipelineRecord, stage: StageRecord, among: list[Worker]) -> Worker | None:
     """Who takes the stage over with the shortest pause: who has its weights, else who is near, else the largest."""
-    needed_bytes = stage_bytes(layout, stage) + books.settings.stage_overhead_bytes
-    able = [worker for worker in among if worker.heartbeat.memory_bytes >= needed_bytes]
+    held = (stage.first_layer, stage.last_layer, layout.num_blocks, layout.dtype)
+    settings = placement_settings(books.settings)
+    offers = zip(among, offers_of(among), strict=True)
+    able = [worker for worker, offer in offers if can_hold(layout.card, offer, *held, settings)]
     before = books.workers.get(stage.worker)
 
     def worth(worker: Worker) -> tuple[bool, bool, int]:
