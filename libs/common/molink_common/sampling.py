@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 MAX_TOP_LOGPROBS = 20
 MAX_STOP_TOKENS = 64
 MAX_LOGIT_BIAS = 1024
+MAX_GRAMMAR_CHARACTERS = 256 * 1024
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -45,6 +46,10 @@ class SamplingOptions(BaseModel):
     stop_token_ids: Annotated[tuple[int, ...], Field(max_length=MAX_STOP_TOKENS)] = ()
     """Beside the model's own end-of-text tokens."""
     ignore_eos: bool = False
+    grammar: Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR_CHARACTERS)] | None = None
+    """What the answer must look like, in llguidance's JSON form; the gateway has checked that it compiles."""
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    """n: tell the log probability of each of the prompt's tokens but the first, and the n likeliest beside it."""
 
     @property
     def is_greedy(self) -> bool:

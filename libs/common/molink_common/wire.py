@@ -105,6 +105,8 @@ class Opening(BaseModel):
     prompt: TokenIds
     generated: TokenIds = ()
     options: SamplingOptions
+    cached_tokens: Annotated[int, Field(ge=0)] = 0
+    """How many of the prompt's tokens were in KV blocks already when the sequence began; the tail tells the gateway."""
 
 
 class Extra(BaseModel):

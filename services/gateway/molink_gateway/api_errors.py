@@ -99,6 +99,6 @@ def unavailable(message: str, *, retry_after_s: float = 2.0, code: str = "no_pip
     return ApiError(503, message, code=code, retry_after_s=retry_after_s)
 
 
-def busy(message: str, *, retry_after_s: float = 1.0) -> ApiError:
-    """429: as many requests as there is room for are open already."""
-    return ApiError(429, message, code="queue_full", retry_after_s=retry_after_s)
+def busy(message: str, *, code: str = "queue_full", retry_after_s: float = 1.0) -> ApiError:
+    """429: there is no room, or not for this client; it may work later."""
+    return ApiError(429, message, code=code, retry_after_s=retry_after_s)

@@ -39,6 +39,8 @@ class Origin:
     gateway: str
     trace: str | None
     wants_resuming: bool
+    tenant: str = ""
+    """The id of the API key that the request came with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,6 +207,7 @@ def _prepared(
                 model=model.card.name,
                 prompt=tuple(prompt),
                 options=options,
+                tenant=origin.tenant,
                 trace=origin.trace,
                 resume_state=None if state is None else state.encode(),
             )

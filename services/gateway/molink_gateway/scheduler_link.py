@@ -49,8 +49,8 @@ def error_of_refusal(refused: Refused) -> ApiError:
             return ApiError(404, refused.message, param="model", code="model_not_found")
         case RefusalCode.TOO_LONG:
             return bad_request(refused.message, code="context_length_exceeded")
-        case RefusalCode.QUEUE_FULL:
-            return busy(refused.message, retry_after_s=retry_after_s)
+        case RefusalCode.QUEUE_FULL | RefusalCode.OVERLOADED | RefusalCode.RATE_LIMITED | RefusalCode.QUOTA:
+            return busy(refused.message, code=refused.code.value, retry_after_s=retry_after_s)
         case RefusalCode.NO_PIPELINE:
             return unavailable(refused.message, retry_after_s=retry_after_s)
 

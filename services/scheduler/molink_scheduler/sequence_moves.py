@@ -41,6 +41,8 @@ def start(books: Books, sequence: Sequence, now_s: float) -> Iterator[Instructio
         prompt=request.prompt,
         generated=tuple(sequence.generated),
         options=request.options,
+        tenant=request.tenant,
+        priority=request.priority,
         trace=request.trace,
     )
     yield StartSequenceAt(layout.head, start)

@@ -19,7 +19,18 @@ from molink_common.messages.admission import (
     SubmitSequence,
 )
 from molink_common.messages.cluster import AskState, ClusterState, PipelineState, WorkerState
-from molink_common.messages.codec import Count, M, Message, PeerId, SequenceIdField, TokenIds, decode, encode
+from molink_common.messages.codec import (
+    Count,
+    M,
+    Message,
+    PeerId,
+    Priority,
+    SequenceIdField,
+    Tenant,
+    TokenIds,
+    decode,
+    encode,
+)
 from molink_common.messages.model import Dtype, FetchFile, FileChunk, FileOffer, ModelCard
 from molink_common.messages.pool import (
     AssignStage,
@@ -41,6 +52,7 @@ from molink_common.messages.pool import (
 from molink_common.messages.steps import (
     AskSequences,
     FinishReason,
+    PromptLogprobs,
     SequencesHeld,
     StartSequence,
     StepTokens,
@@ -78,6 +90,8 @@ __all__ = [
     "PipelinePolicy",
     "PipelineState",
     "PreloadStages",
+    "Priority",
+    "PromptLogprobs",
     "RefusalCode",
     "Refused",
     "ReleaseStage",
@@ -94,6 +108,7 @@ __all__ = [
     "StepTokens",
     "StopSequence",
     "SubmitSequence",
+    "Tenant",
     "TokenEvent",
     "TokenIds",
     "TokenLogprob",

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from molink_common.messages.codec import Count, Message, PeerId, SequenceIdField, TokenIds
+from molink_common.messages.codec import Count, Message, PeerId, Priority, SequenceIdField, Tenant, TokenIds
 from molink_common.sampling import SamplingOptions
 
 
@@ -35,6 +35,8 @@ class SubmitSequence(Message):
     model: str
     prompt: Annotated[TokenIds, Field(min_length=1)]
     options: SamplingOptions
+    tenant: Tenant = ""
+    priority: Priority = 0
     trace: str | None = None
     """W3C ``traceparent`` of the request's span, if it is sampled."""
     resume_state: str | None = None
@@ -74,6 +76,12 @@ class RefusalCode(StrEnum):
     TOO_LONG = "context_length_exceeded"
     QUEUE_FULL = "queue_full"
     NO_PIPELINE = "no_pipeline"
+    OVERLOADED = "overloaded"
+    """Its first token would come too late; in time for others than a full queue."""
+    RATE_LIMITED = "rate_limit_exceeded"
+    """The tenant asks more often, or for more at a time, than its key allows."""
+    QUOTA = "insufficient_quota"
+    """The tenant's tokens are used up."""
 
 
 class Refused(Message):

@@ -14,6 +14,10 @@ PeerId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 SequenceIdField = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 Count = Annotated[int, Field(ge=0)]
 TokenIds = tuple[Count, ...]
+Tenant = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{0,64}$")]
+"""Whose request it is: the id of an API key, empty without one. Under load tenants get equal shares."""
+Priority = Annotated[int, Field(ge=-1000, le=1000)]
+"""Within a tenant, the smaller one goes first."""
 
 
 class Message(BaseModel):

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from molink_common.messages.codec import Count, Message, SequenceIdField, TokenIds
+from molink_common.messages.codec import Count, Message, Priority, SequenceIdField, Tenant, TokenIds
 from molink_common.sampling import SamplingOptions
 
 
@@ -22,6 +22,8 @@ class StartSequence(Message):
     generated: TokenIds = ()
     options: SamplingOptions
     trace: str | None = None
+    tenant: Tenant = ""
+    priority: Priority = 0
 
 
 class StopSequence(Message):
@@ -74,6 +76,21 @@ class TokenEvent(BaseModel):
     finish: FinishReason | None = None
     logprob: float | None = None
     top_logprobs: tuple[TokenLogprob, ...] = ()
+    cached_tokens: Count | None = None
+    """With the first token: how many of the prompt's tokens needed no computing, since their KV blocks were there."""
+
+
+class PromptLogprobs(BaseModel):
+    """Log probabilities of a run of the prompt's tokens, before any sampling option is applied."""
+
+    model_config = ConfigDict(frozen=True)
+    sequence: SequenceIdField
+    start: Annotated[int, Field(ge=1)]
+    """Place in the prompt of the first token told; the very first token of a prompt has no probability."""
+    logprobs: tuple[float, ...]
+    """Of the prompt's own tokens."""
+    likeliest: tuple[tuple[TokenLogprob, ...], ...] = ()
+    """At each place, as many as `SamplingOptions.prompt_logprobs` asks for."""
 
 
 class StepTokens(Message):
@@ -88,5 +105,7 @@ class StepTokens(Message):
     """Sequences that are given up: their logits were not finite, or their steps were lost again and again."""
     refused: tuple[SequenceIdField, ...] = ()
     """Of whose tokens in this step a stage could make nothing. The head computes them again."""
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()
+    """Of the prompts in this step that ask for them. A gateway may get a place twice (after a loss)."""
     timings: tuple[tuple[Count, Count, Count, Count, Count, Count], ...] = ()
     """Of each stage, head first: the fields of `wire.StageTiming`."""
