@@ -225,6 +225,19 @@ def _checked(request: R) -> R:
 
 
 def _object_in(body: bytes) -> dict[str, Any]:
+    parsed = json_object_in(body)
+    for field, harmless in _UNSUPPORTED.items():
+        if field in parsed and parsed[field] not in harmless:
+            raise unsupported(f"`{field}` is not supported by this server yet. Leave it out.", param=field)
+    return parsed
+
+
+def json_object_in(body: bytes) -> dict[str, Any]:
+    """The JSON object in `body`.
+
+    Raises:
+        ApiError: 400, there is none.
+    """
     if not body.strip():
         raise bad_request("The request body is empty; it must be a JSON object.", code="invalid_json")
     try:
@@ -237,9 +250,6 @@ def _object_in(body: bytes) -> dict[str, Any]:
         ) from error
     if not isinstance(parsed, dict):
         raise bad_request("The request body must be a JSON object.", code="invalid_json")
-    for field, harmless in _UNSUPPORTED.items():
-        if field in parsed and parsed[field] not in harmless:
-            raise unsupported(f"`{field}` is not supported by this server yet. Leave it out.", param=field)
     return parsed
 
 
@@ -250,10 +260,10 @@ def _validated(kind: type[R], body: dict[str, Any]) -> R:
     try:
         return kind.model_validate(body)
     except ValidationError as error:
-        raise _api_error(error) from error
+        raise complaint(error) from error
 
 
-def _api_error(error: ValidationError) -> ApiError:
+def complaint(error: ValidationError) -> ApiError:
     """The first complaint, in one sentence that names the field as a client would write it."""
     first = error.errors(include_url=False)[0]
     param = ""
