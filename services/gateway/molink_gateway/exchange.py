@@ -22,11 +22,10 @@ from molink_gateway.api_errors import ApiError, busy
 from molink_gateway.mailbox import Mailbox
 from molink_gateway.opening import Asked, Open
 from molink_gateway.preparation import Prepared
-from molink_gateway.replies import DONE, WAITING, Answer, Chunk, server_sent_event
+from molink_gateway.replies import WAITING, Answer
 from molink_gateway.request_body import ClientGone, raise_when_gone, read_body
 from molink_gateway.run import Run
 from molink_gateway.sequences import Sequences
-from molink_gateway.stream_place import Part
 
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -130,25 +129,15 @@ class Exchange(Response):
         while run.is_going_on:
             for choice, delta in await run.grow(self._limits.sign_of_life_s):
                 answers[choice].add(delta)
-        await send_json(send, 200, orjson.dumps(prepared.reply.whole(answers, run.usage())))
+        whole = orjson.dumps(prepared.reply.whole(answers, run.usage()))
+        await prepared.before_end()
+        await send_json(send, 200, whole)
 
     async def _stream(self, run: Run, prepared: Prepared, mailbox: Mailbox, record: RequestRecord, send: Send) -> None:
         body = StreamBody(send, self._limits.send_timeout_s, stream=prepared.stream if prepared.is_resumable else None)
-        reply, told = prepared.reply, prepared.told
+        script = prepared.make_script(prepared, run)
         loop = asyncio.get_running_loop()
-
-        def events(chunks: list[Chunk]) -> bytes:
-            data = b""
-            for chunk in chunks:
-                if prepared.has_usage:
-                    chunk["usage"] = run.usage() if prepared.has_continuous_usage else None
-                is_end = chunk["choices"][0]["finish_reason"] is not None
-                data += server_sent_event(chunk, run.place(Part.END if is_end else Part.TEXT))
-            return data
-
-        data = b""
-        if told is None:
-            data = events([chunk for choice in range(len(prepared.choices)) for chunk in reply.opening(choice)])
+        data = script.begin()
         if prepared.is_resumable:  # the client can come back as soon as it knows the stream's id
             mailbox.outlives_client = True
             await body.write(data)
@@ -158,7 +147,7 @@ class Exchange(Response):
                 silent_s = loop.time() - body.written_s
                 size_before = len(data)
                 for choice, delta in await run.grow(max(self._limits.sign_of_life_s - silent_s, 0)):
-                    data += events(reply.chunks(choice, delta))
+                    data += script.grow(choice, delta)
                 if len(data) == size_before and loop.time() - body.written_s >= self._limits.sign_of_life_s:
                     data += WAITING
                 if data and run.is_going_on:
@@ -168,11 +157,11 @@ class Exchange(Response):
             if not body.has_begun:
                 raise
             record.problem = error.message
-            await body.write(data + server_sent_event(error.body()) + (b"" if mailbox.runs_on else DONE), is_last=True)
+            await body.write(data + script.fail(error, runs_on=mailbox.runs_on), is_last=True)
             return
-        if prepared.has_usage and (told is None or told.part is not Part.USAGE):
-            data += server_sent_event({**reply.last(), "usage": run.usage()}, run.place(Part.USAGE))
-        await body.write(data + DONE, is_last=True)
+        data += script.end()
+        await prepared.before_end()
+        await body.write(data, is_last=True)
 
 
 class StreamBody:

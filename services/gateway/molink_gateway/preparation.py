@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from molink_common.identity import SequenceId, new_sequence_id
 from molink_common.messages import SubmitSequence
@@ -19,10 +20,14 @@ from molink_gateway.replies import ChatReply, CompletionReply, Reply, ReplyHead
 from molink_gateway.request_fields import MAX_PROMPTS
 from molink_gateway.requests import ChatRequest, CompletionRequest, GenerationFields
 from molink_gateway.resume_state import ResumeState, StreamKind
+from molink_gateway.scripts import ChunkScript, Script
 from molink_gateway.sequences import Submission
 from molink_gateway.stop_strings import StopStrings
 from molink_gateway.stream_place import Place
 from molink_gateway.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from molink_gateway.run import Run
 
 _LONG_TEXT_CHARACTERS = 8192
 """Longer texts are tokenized in a thread, so that other streams go on meanwhile."""
@@ -43,6 +48,10 @@ class Origin:
     """The id of the API key that the request came with."""
 
 
+async def _nothing_to_do() -> None:
+    return
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
     """A request that is ready to be submitted."""
@@ -56,6 +65,10 @@ class Prepared:
     has_continuous_usage: bool
     told: Place | None = None
     """What the client has already of a stream that is taken up again."""
+    make_script: Callable[[Prepared, Run], Script] = ChunkScript
+    """How a stream of it is told."""
+    before_end: Callable[[], Awaitable[None]] = _nothing_to_do
+    """What must be done before the client reads the end of the answer."""
 
     @property
     def stream(self) -> SequenceId | None:
