@@ -17,7 +17,7 @@ from typing import NamedTuple
 from molink_common.identity import sequence_number
 from molink_common.messages import StartSequence
 from molink_common.sampling import SamplingOptions
-from molink_common.wire import Opening, Traffic
+from molink_common.wire import Logits, Opening, Traffic
 
 
 @dataclass(slots=True, eq=False)
@@ -75,6 +75,17 @@ class Sequence:
     def to_rebuild(self) -> int:
         """Tokens that no step has been planned for to rebuild them."""
         return self.kept - self.planned if self.kept else 0
+
+    @property
+    def tells_prompt(self) -> bool:
+        """Whether its next chunk has the tail tell log probabilities of the prompt's tokens."""
+        return self.options.prompt_logprobs is not None and self.planned + 1 < len(self.prompt)
+
+    def logits_of_chunk(self, count: int) -> Logits:
+        """The logits that its next chunk asks for."""
+        if self.tells_prompt:
+            return Logits.ALL
+        return Logits.LAST if self.planned + count == len(self.tokens) else Logits.NONE
 
     def opening(self) -> Opening:
         """What the tail must know of it."""

@@ -265,7 +265,7 @@ class Batcher:
                     start=start,
                     count=count,
                     opens=not sequence.is_open,
-                    logits=Logits.LAST if end == len(sequence.tokens) else Logits.NONE,
+                    logits=sequence.logits_of_chunk(count),
                     new_blocks=tuple(sequence.unsent_blocks),
                 )
             )
@@ -300,7 +300,11 @@ class Batcher:
             sequence.last_steps[traffic] = step
             served[name] = Served(sequence, sequence.life, sequence.planned)
         closes = self._departures.take_closes(traffic)
-        wanted = frozenset(name for name, entry in zip(chosen, entries, strict=True) if entry.logits is not Logits.NONE)
+        wanted = frozenset(
+            name
+            for name, entry in zip(chosen, entries, strict=True)
+            if entry.logits is not Logits.NONE and self._running[name].planned == len(self._running[name].tokens)
+        )
         self._under_way[step] = StepUnderWay(traffic=traffic, served=served, wanted=wanted, closes=closes)
         self._counts[traffic] += 1
         return StepPlan(

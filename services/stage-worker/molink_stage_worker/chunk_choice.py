@@ -7,13 +7,16 @@ from collections.abc import Sequence as Listing
 from molink_stage_worker.batch_sequence import Sequence
 
 _TURNS = 3
+MOST_LOGIT_ROWS = 128
+"""A step, for prompts whose log probabilities are told: the tail holds a row of the vocabulary for each token."""
 
 
 class ChunkChoice:
     """Every third time the prompt that came first, else the one that is nearest to its end.
 
     Were all served alike, all would end late. So short prompts pass long ones, but cannot hold them up for ever. A
-    step stops opening sequences once their prompts together pass `opening_tokens`.
+    step stops opening sequences once their prompts together pass `opening_tokens`, and takes at most `MOST_LOGIT_ROWS`
+    tokens of prompts whose log probabilities are told.
     """
 
     def __init__(self, opening_tokens: int) -> None:
@@ -26,14 +29,20 @@ class ChunkChoice:
         is_first_come = self._turns % _TURNS == 1
         ordered = sorted(prompts, key=lambda one: (0 if is_first_come else one.unplanned, one.arrival))
         chosen: dict[str, int] = {}
+        rows = MOST_LOGIT_ROWS
         opening = 0
         for sequence in ordered:
             if budget <= 0:
                 break
+            if sequence.tells_prompt and rows == 0:
+                continue
             if not sequence.is_open:
                 if opening and opening + len(sequence.tokens) > self._opening_tokens:
                     continue
                 opening += len(sequence.tokens)
             chosen[sequence.id] = min(budget, sequence.unplanned)
+            if sequence.tells_prompt:
+                chosen[sequence.id] = min(chosen[sequence.id], rows)
+                rows -= chosen[sequence.id]
             budget -= chosen[sequence.id]
         return chosen

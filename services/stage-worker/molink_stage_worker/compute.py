@@ -17,7 +17,7 @@ import torch
 from molink_common import messages
 from molink_common.errors import ProtocolError
 from molink_common.identity import sequence_id, sequence_number
-from molink_common.messages import StepTokens, TokenEvent
+from molink_common.messages import PromptLogprobs, StepTokens, TokenEvent
 from molink_common.wire import Codec, Entry, Logits, StageTiming, StepFrame, encode_frame
 from molink_stage_worker.activation_codec import decode_hidden, encode_hidden
 from molink_stage_worker.engine.interface import Engine
@@ -25,6 +25,7 @@ from molink_stage_worker.journal import Journal
 from molink_stage_worker.lives import Lives
 from molink_stage_worker.planning.stage_cost import StageCurve, StageEstimator
 from molink_stage_worker.planning.step_load import StepLoad, pays_together
+from molink_stage_worker.prompt_logprobs import told_by
 from molink_stage_worker.sampling import Sampler
 from molink_stage_worker.stage_step import NOTHING, StageResult, StageStep, emptied, refusing
 
@@ -67,9 +68,12 @@ class StageCompute:
         """Whether `other` should be computed in one pass with `steps`, by what passes have cost here so far.
 
         Never if they share a sequence: one chunk of a prompt needs the keys and values of the chunk before it.
-        Nor a step that this stage only passes on. May be asked from any thread.
+        Nor a step that this stage only passes on, nor two that ask for the logits of whole chunks: their rows have to
+        fit into memory. May be asked from any thread.
         """
         if self._only_passes(steps[0]) or self._only_passes(other):
+            return False
+        if _asks_for_all(other.frame.entries) and any(_asks_for_all(step.frame.entries) for step in steps):
             return False
         present = {entry.sequence for step in steps for entry in step.frame.entries}
         if any(entry.sequence in present for entry in other.frame.entries):
@@ -278,11 +282,19 @@ def _result(
 
 def _sampled(sampler: Sampler, step: StageStep, logits_RV: torch.Tensor | None, timing: StageTiming) -> StepTokens:
     frame = step.frame
-    names = [sequence_id(entry.sequence) for entry in frame.entries if entry.logits is not Logits.NONE]
     events: list[TokenEvent] = []
     failed: list[str] = []
-    if names and logits_RV is not None:
-        events, failed = sampler.sample(_last_rows(logits_RV, frame.entries), names)
+    told: list[PromptLogprobs] = []
+    if logits_RV is not None and logits_RV.shape[0]:
+        names, rows = _rows_to_sample(sampler, frame.entries)
+        if _asks_for_all(frame.entries):
+            told, failed = _told_of_prompts(sampler, logits_RV, frame.entries)
+            kept = [place for place, name in enumerate(names) if name not in failed]
+            names, rows = [names[place] for place in kept], [rows[place] for place in kept]
+        if names:
+            wanted_RV = logits_RV if len(rows) == logits_RV.shape[0] else logits_RV[rows]
+            events, unsound = sampler.sample(wanted_RV, names)
+            failed += unsound
     # built without validation: this runs for every step, and every value is our own
     return StepTokens.model_construct(
         pipeline=frame.pipeline,
@@ -291,22 +303,56 @@ def _sampled(sampler: Sampler, step: StageStep, logits_RV: torch.Tensor | None, 
         events=tuple(events),
         failed=tuple(failed),
         refused=step.extra.refused,
+        prompt_logprobs=tuple(told),
         timings=tuple(astuple(one) for one in (*frame.timings, timing)),
     )
+
+
+def _told_of_prompts(
+    sampler: Sampler, logits_RV: torch.Tensor, entries: tuple[Entry, ...]
+) -> tuple[list[PromptLogprobs], list[str]]:
+    """What the entries that ask for all rows tell of their prompts, and the sequences whose logits are not finite."""
+    told: list[PromptLogprobs] = []
+    failed: list[str] = []
+    row = 0
+    for entry in entries:
+        first, row = row, row + _rows_of(entry)
+        name = sequence_id(entry.sequence)
+        if entry.logits is not Logits.ALL:
+            continue
+        prompt, likeliest = sampler.asked_of_prompt(name)
+        if likeliest is None or entry.start + 1 >= len(prompt):
+            continue
+        part = told_by(logits_RV[first:row], sequence=name, prompt=prompt, start=entry.start, likeliest=likeliest)
+        if part is None:
+            failed.append(name)
+        else:
+            told.append(part)
+    return told, failed
 
 
 def _rows_of(entry: Entry) -> int:
     return (0, 1, entry.count)[entry.logits]
 
 
-def _last_rows(logits_RV: torch.Tensor, entries: tuple[Entry, ...]) -> torch.Tensor:
-    """The row of each entry's last token. Rows of the tokens before it are there for entries that ask for all."""
-    if all(entry.logits is not Logits.ALL for entry in entries):
-        return logits_RV
+def _asks_for_all(entries: tuple[Entry, ...]) -> bool:
+    return any(entry.logits is Logits.ALL for entry in entries)
+
+
+def _rows_to_sample(sampler: Sampler, entries: tuple[Entry, ...]) -> tuple[list[str], list[int]]:
+    """Who gets a token, and the row of logits that it comes from: that of the last token that the sequence has.
+
+    A chunk that asks for all rows may end in the middle of the prompt.
+    """
+    names: list[str] = []
     rows: list[int] = []
     count = 0
     for entry in entries:
+        if entry.logits is Logits.NONE:
+            continue
         count += _rows_of(entry)
-        if entry.logits is not Logits.NONE:
+        name = sequence_id(entry.sequence)
+        if entry.logits is Logits.LAST or sampler.is_next(name, entry.start + entry.count):
+            names.append(name)
             rows.append(count - 1)
-    return logits_RV[rows]
+    return names, rows

@@ -83,6 +83,16 @@ class Sampler:
         """Whether the sequence is open."""
         return sequence in self._states
 
+    def asked_of_prompt(self, sequence: str) -> tuple[tuple[int, ...], int | None]:
+        """The prompt of an open sequence, and its option `prompt_logprobs`."""
+        state = self._states[sequence]
+        return state.prompt, state.options.prompt_logprobs
+
+    def is_next(self, sequence: str, place: int) -> bool:
+        """Whether the token at this place of an open sequence (prompt and answer) is the one to be chosen next."""
+        state = self._states[sequence]
+        return place == len(state.prompt) + len(state.generated)
+
     def close(self, sequence: str) -> None:
         """Forget a sequence; an unknown one is ignored."""
         self._states.pop(sequence, None)

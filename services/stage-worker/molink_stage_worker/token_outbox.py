@@ -32,7 +32,7 @@ class TokenOutbox:
 
     def put(self, result: StageResult) -> None:
         """A step's tokens, to be sent once, and to be repeated after an outage."""
-        if result.tokens is not None and result.tokens.events:
+        if result.tokens is not None and (result.tokens.events or result.tokens.prompt_logprobs):
             self._recent.append(result.payload)
         self._put(result.payload)
 

@@ -89,6 +89,8 @@ class PromptLogprobs(BaseModel):
     """Place in the prompt of the first token told; the very first token of a prompt has no probability."""
     logprobs: tuple[float, ...]
     """Of the prompt's own tokens."""
+    ranks: tuple[Count, ...] = ()
+    """Of the prompt's own tokens: 1 is the likeliest of the vocabulary."""
     likeliest: tuple[tuple[TokenLogprob, ...], ...] = ()
     """At each place, as many as `SamplingOptions.prompt_logprobs` asks for."""
 
