@@ -27,6 +27,8 @@ ENVIRONMENT_PREFIX = "MOLINK_"
 KNOWN_VARIABLES: set[str] = {
     "MOLINK_CACHE",
     "MOLINK_PIP",
+    # `molink chat` and `molink status`
+    "MOLINK_API_KEY",
     # `molink worker`, which starts a site's broker before the worker's own settings are read
     "MOLINK_HUB",
     # the gateway
@@ -42,6 +44,8 @@ KNOWN_VARIABLES: set[str] = {
     "MOLINK_STOP_GRACE_S",
     "MOLINK_RESUMABLE_STREAMS",
     "MOLINK_SIGN_OF_LIFE_S",
+    "MOLINK_REQUIRE_KEYS",
+    "MOLINK_CORS_ORIGINS",
     # the scheduler
     "MOLINK_REDIS_URL",
     "MOLINK_REDIS_CONNECT_TIMEOUT_S",

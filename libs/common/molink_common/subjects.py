@@ -9,6 +9,8 @@ of; that is what NATS permissions can enforce. ``*`` forms are for those who lis
     molink.v1.scheduler.join              worker → scheduler    request: JoinPool → Welcome | Failed
     molink.v1.scheduler.status            anybody → scheduler   request: AskState → ClusterState
     molink.v1.scheduler.state             scheduler → all       ClusterState, every second and on change
+    molink.v1.scheduler.keys              gateway → scheduler   request: AskKeys → Keys
+    molink.v1.scheduler.keys.change       operator → scheduler  request: AddKey | RevokeKey → Done | Failed
     molink.v1.worker.<w>.heartbeat        worker → scheduler    Heartbeat
     molink.v1.worker.<w>.control          scheduler → worker    request: AssignStage, PreloadStages, ReleaseStage
     molink.v1.worker.<w>.head             scheduler → head      request: StartSequence | StopSequence → Done | Failed
@@ -35,6 +37,8 @@ CANCEL = f"{_ROOT}.scheduler.cancel"
 JOIN = f"{_ROOT}.scheduler.join"
 STATUS = f"{_ROOT}.scheduler.status"
 STATE = f"{_ROOT}.scheduler.state"
+KEYS = f"{_ROOT}.scheduler.keys"
+CHANGE_KEYS = f"{_ROOT}.scheduler.keys.change"
 ALL_HEARTBEATS = f"{_ROOT}.worker.*.heartbeat"
 ALL_GATEWAYS_ALIVE = f"{_ROOT}.gateway.*.alive"
 ALL_GATEWAY_STREAMS = f"{_ROOT}.gateway.*.streams"

@@ -19,6 +19,8 @@ _TYPE_OF_STATUS = {
     429: "rate_limit_error",
     503: "service_unavailable",
 }
+_RETRY_AFTER_S = 1.0
+"""Where nobody knows better."""
 
 
 class ApiError(MolinkError):
@@ -41,6 +43,8 @@ class ApiError(MolinkError):
         self.message = message
         self.param = param
         self.code = code
+        if retry_after_s is None and status in (429, 503):  # whoever is told to come back is told when
+            retry_after_s = _RETRY_AFTER_S
         self.retry_after_s = retry_after_s
 
     def body(self) -> dict[str, Any]:
@@ -53,10 +57,13 @@ class ApiError(MolinkError):
         return orjson.dumps(self.body())
 
     def headers(self) -> dict[str, str]:
-        """``Retry-After`` in whole seconds, at least one."""
-        if self.retry_after_s is None:
-            return {}
-        return {"retry-after": str(max(1, math.ceil(self.retry_after_s)))}
+        """``Retry-After`` in whole seconds, at least one, with every 429 and 503; how to come in, with every 401."""
+        headers: dict[str, str] = {}
+        if self.retry_after_s is not None:
+            headers["retry-after"] = str(max(1, math.ceil(self.retry_after_s)))
+        if self.status == 401:
+            headers["www-authenticate"] = "Bearer"
+        return headers
 
 
 def bad_request(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:
@@ -87,6 +94,11 @@ def too_long(num_prompt_tokens: int, context_length: int, *, param: str, is_at_l
         param=param,
         code="context_length_exceeded",
     )
+
+
+def invalid_key(message: str) -> ApiError:
+    """401: no API key, or not a valid one."""
+    return ApiError(401, message, code="invalid_api_key")
 
 
 def too_large(limit_bytes: int) -> ApiError:

@@ -24,7 +24,7 @@ from molink_common.messages import (
     SubmitSequence,
 )
 from molink_common.messages.codec import M
-from molink_gateway.api_errors import ApiError, bad_request, busy, unavailable
+from molink_gateway.api_errors import ApiError, bad_request, busy, invalid_key, unavailable
 
 log = get_logger("gateway.scheduler")
 
@@ -51,6 +51,8 @@ def error_of_refusal(refused: Refused) -> ApiError:
             return bad_request(refused.message, code="context_length_exceeded")
         case RefusalCode.QUEUE_FULL | RefusalCode.OVERLOADED | RefusalCode.RATE_LIMITED | RefusalCode.QUOTA:
             return busy(refused.message, code=refused.code.value, retry_after_s=retry_after_s)
+        case RefusalCode.REVOKED:
+            return invalid_key(refused.message)
         case RefusalCode.NO_PIPELINE:
             return unavailable(refused.message, retry_after_s=retry_after_s)
 
@@ -73,13 +75,15 @@ class SchedulerLink:
         if isinstance(answer, Refused):
             raise error_of_refusal(answer)
 
-    async def resume(self, sequence: SequenceId) -> Recovered | None:
+    async def resume(self, sequence: SequenceId, *, tenant: str | None = None) -> Recovered | None:
         """All that there is of a sequence, which is this gateway's from now on; None: there is nothing to go on with.
+
+        What is not this gateway's already must belong to `tenant`.
 
         Raises:
             ApiError: 503, the scheduler cannot be reached.
         """
-        question = ResumeSequence(sequence=sequence, gateway=self._gateway)
+        question = ResumeSequence(sequence=sequence, gateway=self._gateway, tenant=tenant)
         answer = await self._ask(subjects.RESUME, question, Resumed, Failed)
         if not isinstance(answer, Resumed):
             return None

@@ -31,6 +31,17 @@ from molink_common.messages.codec import (
     decode,
     encode,
 )
+from molink_common.messages.keys import (
+    MAX_KEYS,
+    AddKey,
+    ApiKey,
+    AskKeys,
+    KeyLimits,
+    Keys,
+    RevokeKey,
+    hash_of_secret,
+    new_secret,
+)
 from molink_common.messages.model import Dtype, FetchFile, FileChunk, FileOffer, ModelCard
 from molink_common.messages.pool import (
     AssignStage,
@@ -62,7 +73,11 @@ from molink_common.messages.steps import (
 )
 
 __all__ = [
+    "MAX_KEYS",
+    "AddKey",
     "Admitted",
+    "ApiKey",
+    "AskKeys",
     "AskSequences",
     "AskState",
     "AssignStage",
@@ -80,6 +95,8 @@ __all__ = [
     "HeadReport",
     "Heartbeat",
     "JoinPool",
+    "KeyLimits",
+    "Keys",
     "LayerRange",
     "LinkCodec",
     "LinkReport",
@@ -97,6 +114,7 @@ __all__ = [
     "ReleaseStage",
     "ResumeSequence",
     "Resumed",
+    "RevokeKey",
     "Scheduling",
     "SequenceFailed",
     "SequenceIdField",
@@ -116,4 +134,6 @@ __all__ = [
     "WorkerState",
     "decode",
     "encode",
+    "hash_of_secret",
+    "new_secret",
 ]

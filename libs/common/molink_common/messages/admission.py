@@ -32,6 +32,8 @@ class SubmitSequence(Message):
     gateway: PeerId
     request: str
     """The request id, for logs."""
+    choice: Count = 0
+    """Which of the request's answers it is; the first one counts as the request."""
     model: str
     prompt: Annotated[TokenIds, Field(min_length=1)]
     options: SamplingOptions
@@ -50,6 +52,8 @@ class ResumeSequence(Message):
     TYPE = "resume_sequence"
     sequence: SequenceIdField
     gateway: PeerId
+    tenant: Tenant | None = None
+    """Whose stream it has to be; None: it is this gateway's already."""
 
 
 class Resumed(Message):
@@ -82,6 +86,8 @@ class RefusalCode(StrEnum):
     """The tenant asks more often, or for more at a time, than its key allows."""
     QUOTA = "insufficient_quota"
     """The tenant's tokens are used up."""
+    REVOKED = "invalid_api_key"
+    """The tenant's key is not valid any more."""
 
 
 class Refused(Message):

@@ -66,3 +66,5 @@ class ClusterState(Message):
     pipelines: tuple[PipelineState, ...] = ()
     sequences: Count = 0
     max_sequences: Count = 0
+    keys_revision: str = ""
+    """Another one whenever the table of API keys is; empty while there is none."""
