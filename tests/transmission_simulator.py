@@ -30,6 +30,8 @@ class LinkModel:
     jitter: float = 0.0
     """Each way takes up to this share of the delay longer. Order is kept."""
     ack_loss: float = 0.0
+    stall_s: float = 0.0
+    """The receiver looks at what has come up to so much later."""
 
     @property
     def round_trip_s(self) -> float:
@@ -196,7 +198,8 @@ class Simulation:
             bulk_ahead = self.sender.report().under_way_bytes
             self.decode_waits.append(DecodeWait(offered_s, begin_s - offered_s, ahead, bulk_ahead))
             self._decode_on_link.append((self._free_s, send.size_bytes))
-        arrival_s = max(self._last_arrival_s, self._free_s + self._way_s())
+        stall_s = link.stall_s * self._random.random()
+        arrival_s = max(self._last_arrival_s, self._free_s + self._way_s() + stall_s)
         self._last_arrival_s = arrival_s
         self.at(arrival_s, lambda: self._arrive(Delivery(send, now_s, arrival_s)))
 

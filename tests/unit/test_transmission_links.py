@@ -99,3 +99,17 @@ def test_the_baselines_make_decode_wait_as_the_scheme_says() -> None:
         longest[scheduling] = max(wait.waited_s for wait in simulation.decode_waits)
     assert longest[Scheduling.ADAPTIVE] < longest[Scheduling.PUBLISHED] < longest[Scheduling.PLAIN]
     assert longest[Scheduling.PLAIN] > 2.0
+
+
+@pytest.mark.parametrize("stall_s", [0.03, 0.06])
+def test_a_thin_stream_to_a_slow_receiver_does_not_pass_for_all_that_the_link_carries(stall_s: float) -> None:
+    simulation = make_simulation(1000, 0.0005)
+    simulation.link.stall_s = stall_s
+    for index in range(600):
+        simulation.offer_at(index * 0.02, Traffic.DECODE, 2400)
+    chunk_bytes = 300_000
+    for index in range(4):
+        simulation.offer_at(8.0 + index, Traffic.BULK, chunk_bytes)
+    simulation.run(7.9)
+    simulation.run(12.0)
+    assert simulation.bulk_bytes_received == 4 * chunk_bytes, "a chunk a second is nothing for this link"

@@ -76,7 +76,9 @@ class StageLink:
     def rate_bytes_per_s(self) -> float | None:
         """As measured while the link was busy. None: it was not lately, so it may carry more than was asked of it."""
         estimator = self._sender.estimator
-        return estimator.rate_bytes_per_s if estimator.is_rate_certain else None
+        if not estimator.is_rate_certain or estimator.rate_bytes_per_s is None:
+            return None
+        return max(estimator.rate_bytes_per_s, estimator.proven_bytes_per_s)
 
     @property
     def round_trip_s(self) -> float | None:

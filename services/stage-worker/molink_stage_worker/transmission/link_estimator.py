@@ -8,6 +8,10 @@ Based Congestion Control", 2016), taken at the receiver; an upper quantile of th
 maximum, so that one wrong sample does not rule for seconds and a link that became slower is noticed.
 
 Round trip: the least of the last seconds.
+
+A receiver that is slow to look at what has come (a busy machine) makes frames follow one another as if the link were
+busy, and a thin stream then passes for all that the link carries. A frame that comes through quickly proves it wrong:
+the link carries at least that frame's bytes in that time (`proven_bytes_per_s`).
 """
 
 from __future__ import annotations
@@ -30,6 +34,9 @@ _SHORT_SPAN_S = 0.002
 _SHORT_SPAN_BYTES = 32768
 _UNKNOWN_RATE_SLACK_S = 0.001
 _MOST_SLACK_S = 0.005
+_PROOF_WINDOW_S = 10.0
+_LEAST_PROOF_S = 0.004
+"""Shorter times are within what a loop's clock and its turns blur."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +78,30 @@ class WindowedMinimum:
         return self._slots[0][1] if self._slots else None
 
 
+class _TwoLargest:
+    """The second largest value of the last `window_s`, to an eighth of that. Constant size and cost."""
+
+    def __init__(self, window_s: float) -> None:
+        self._slot_s = window_s / _SLOTS
+        self._slots: deque[tuple[int, float, float]] = deque()
+
+    def add(self, value: float, now_s: float) -> None:
+        slot = int(now_s / self._slot_s)
+        while self._slots and slot - self._slots[0][0] > _SLOTS:
+            self._slots.popleft()
+        if not self._slots or self._slots[-1][0] != slot:
+            self._slots.append((slot, value, 0.0))
+            return
+        _, first, second = self._slots[-1]
+        self._slots[-1] = (slot, max(first, value), max(second, min(first, value)))
+
+    @property
+    def second(self) -> float:
+        """As of the latest `add`; 0 when there were not two."""
+        values = sorted((value for _, *pair in self._slots for value in pair), reverse=True)
+        return values[1] if len(values) > 1 else 0.0
+
+
 class LinkEstimator:
     """Learns from `on_delivery`; holds a few numbers however long it runs."""
 
@@ -86,11 +117,17 @@ class LinkEstimator:
         self._thin_since_s = 0.0
         self._thin_bytes = 0
         self._faster_rate: float | None = None
+        self._proofs = _TwoLargest(_PROOF_WINDOW_S)
 
     @property
     def rate_bytes_per_s(self) -> float | None:
         """What the link carries when it is never idle."""
         return self._rate
+
+    @property
+    def proven_bytes_per_s(self) -> float:
+        """What the link carries for certain, as single frames lately have shown: two of them carried this much."""
+        return self._proofs.second
 
     @property
     def is_rate_certain(self) -> bool:
@@ -119,7 +156,8 @@ class LinkEstimator:
         known = self._one_way.least
         if known is not None and abs(received_s - sent_s - known.seconds) > _OTHER_CLOCK_S:
             self.forget_clock()
-        self._round_trips.add(now_s - sent_s, size_bytes, self._rate, now_s)
+        base = self._round_trips.add(now_s - sent_s, size_bytes, self._rate, now_s)
+        self._prove(size_bytes, now_s - sent_s, base, now_s)
         least = self._one_way.add(received_s - sent_s, size_bytes, self._rate, now_s)
         before_s = self._received_s
         if before_s is None:
@@ -136,6 +174,12 @@ class LinkEstimator:
             self._busy_bytes = max(0, size_bytes - least.size_bytes)
         self._received_s = received_s
         self._measure(received_s, now_s)
+
+    def _prove(self, size_bytes: int, round_trip_s: float, base: LeastDelay, now_s: float) -> None:
+        """All of its bytes went in this time, and those that the quickest frame had not, in what it took longer."""
+        more_bytes = max(size_bytes - base.size_bytes, 0)
+        longer_s = max(round_trip_s - base.seconds, _LEAST_PROOF_S)
+        self._proofs.add(max(size_bytes / max(round_trip_s, _LEAST_PROOF_S), more_bytes / longer_s), now_s)
 
     def forget_clock(self) -> None:
         """The receiver may be another one from here on: its clock cannot be compared with what came before."""

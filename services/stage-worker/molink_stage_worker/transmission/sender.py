@@ -198,8 +198,11 @@ class LinkSender:
         if under_way and under_way + size > self._window.size_bytes:
             self._window.on_full()
             return None
-        if rate is not None and not (self._has_decode_cleared(size, rate, now_s) and self._may_pace(size, rate, now_s)):
-            return None
+        if rate is not None:
+            # a rate that was taken for too low must not hold bulk back: the window would do if the link were that slow
+            rate = max(rate, self.estimator.proven_bytes_per_s)
+            if not (self._has_decode_cleared(size, rate, now_s) and self._may_pace(size, rate, now_s)):
+                return None
         self._bulk_sent_at_s = now_s
         return self._send_piece(size, now_s)
 
@@ -254,6 +257,7 @@ class LinkSender:
         parcel = self._whole.popleft()
         rate = self.estimator.rate_bytes_per_s
         if rate is not None:
+            rate = max(rate, self.estimator.proven_bytes_per_s)
             self._decode_clear_at_s = max(self._decode_clear_at_s, now_s) + parcel.size_bytes / rate
         return self._sent(parcel, 0, parcel.size_bytes, now_s, whole=True)
 
