@@ -46,6 +46,10 @@ class Sequence:
     opened_by: int | None = None
     """The step that opened it last; None: no stage knows it."""
     restarts: int = 0
+    tenant: str = ""
+    priority: int = 0
+    charged: int = 0
+    """How many of `tokens` its tenant was charged for (see `fair_queue`)."""
     unsent_blocks: list[int] = field(default_factory=list)
 
     @classmethod
@@ -58,6 +62,8 @@ class Sequence:
             prompt=start.prompt,
             options=start.options,
             trace=start.trace,
+            tenant=start.tenant,
+            priority=start.priority,
             tokens=[*start.prompt, *start.generated],
         )
 

@@ -163,6 +163,8 @@ class Batcher:
         return HeadReport(
             running=len(self._running),
             waiting=self._residents.num_waiting,
+            places=self._limits.max_running,
+            prompt_tokens_waiting=self.demand().prompt_tokens_waiting,
             free_blocks=self._residents.free_blocks,
             num_blocks=self._limits.num_blocks,
             steps_under_way=len(self._under_way),
@@ -296,6 +298,7 @@ class Batcher:
             if not sequence.is_open:
                 sequence.opened_by = step
                 sequence.is_open = True
+            self._residents.shares.charge(sequence, sequence.planned, sequence.planned + count)
             sequence.planned += count
             sequence.last_steps[traffic] = step
             served[name] = Served(sequence, sequence.life, sequence.planned)

@@ -4,12 +4,14 @@
        ▲                                        │
        └───────────── out of blocks ────────────┘   (computed again from prompt + tokens so far)
 
-Admission keeps the order of arrival; when blocks run out, the newest gives way. So nobody starves.
+Places and blocks go to the tenant that was served least, to each of its sequences in turn; when blocks run out, the
+newest of the tenant that was served most gives way (see `fair_queue`). A tenant that holds more than its share gives
+way to one that holds less. So nobody starves. With one tenant all that is the order of arrival.
 """
 
 from __future__ import annotations
 
-from bisect import insort
+from collections import Counter
 from collections.abc import Mapping
 
 from molink_common.errors import CapacityError
@@ -18,6 +20,7 @@ from molink_common.wire import Traffic
 from molink_stage_worker.batch_plan import BatchLimits
 from molink_stage_worker.batch_sequence import Sequence
 from molink_stage_worker.departures import Departures, Leaving
+from molink_stage_worker.fair_queue import FairQueue, Shares
 from molink_stage_worker.kv_blocks import BlockAllocator
 
 
@@ -28,8 +31,8 @@ class Residents:
         self._limits = limits
         self._blocks = BlockAllocator(limits.num_blocks)
         self._sequences: dict[str, Sequence] = {}
-        self._waiting: list[Sequence] = []
-        """By arrival."""
+        self.shares = Shares()
+        self._waiting = FairQueue(self.shares)
         self.running: dict[str, Sequence] = {}
         """By time of last service, longest ago first."""
         self.departures = Departures()
@@ -84,43 +87,50 @@ class Residents:
         self._arrivals += 1
         sequence = Sequence.starting(start, self._arrivals)
         self._sequences[sequence.id] = sequence
-        self._waiting.append(sequence)
+        self._waiting.add(sequence)
+        self.shares.enter(sequence.tenant)
 
     def admit(self) -> None:
-        """Let sequences in, in the order of arrival, while their blocks leave one for each that runs."""
-        while self._waiting and len(self.running) < self._limits.max_running:
-            sequence = self._waiting[0]
+        """Let sequences in, by turns, while their blocks leave one for each that runs."""
+        while (sequence := self._waiting.first(self.running.values())) is not None:
+            if len(self.running) >= self._limits.max_running and not self._yield_place(sequence):
+                return
             needed = self.blocks_for(len(sequence.tokens))
             if needed > self._limits.num_blocks:
                 self.fail(sequence)  # it grew until not even the whole memory holds it
                 continue
             # its former life must have left the stages before it starts anew, else a token could be drawn twice
-            if self.departures.is_leaving(sequence.number) or self._blocks.num_free - needed < len(self.running):
+            if self.departures.is_leaving(sequence.number):
                 return
-            del self._waiting[0]
+            if self._blocks.num_free - needed < len(self.running):
+                if not self._yield_blocks(sequence, needed):
+                    return
+                continue
+            self._waiting.remove(sequence)
             most = len(sequence.prompt) + sequence.options.max_tokens
             taken = self._blocks.take(sequence.number, needed, expected=self.blocks_for(most))
             sequence.unsent_blocks.extend(taken)
             self.running[sequence.id] = sequence
 
     def make_room(self, sequence: Sequence, num_tokens: int, chosen: dict[str, int]) -> bool:
-        """Blocks for so many tokens of a sequence, at the expense of the newest if there are no others.
+        """Blocks for so many tokens of a sequence, at the expense of who gives way first if there are no others.
 
         Who has to give way is taken out of `chosen`. False: there is no room for now, or the sequence itself gave way.
         """
         if sequence.id not in self.running:
-            return False  # it was the newest when another needed room
+            return False  # it gave way when another needed room
         needed = self.blocks_for(num_tokens) - self._blocks.held(sequence.number)
         while needed > self._blocks.num_free:
             if self.departures.numbers:
                 return False  # blocks are about to be free
-            newest = max(self.running.values(), key=lambda one: one.arrival)
-            if newest is sequence and len(self.running) == 1:
+            last = self.shares.most_served(self.running.values())
+            assert last is not None, "the sequence itself runs"
+            if last is sequence and len(self.running) == 1:
                 self.fail(sequence)
                 return False
-            self._preempt(newest)
-            chosen.pop(newest.id, None)
-            if newest is sequence:
+            self._preempt(last)
+            chosen.pop(last.id, None)
+            if last is sequence:
                 return False
         if needed > 0:
             sequence.unsent_blocks.extend(self._blocks.take(sequence.number, needed))
@@ -139,6 +149,7 @@ class Residents:
     def forget(self, sequence: Sequence) -> None:
         """It is done, or nobody wants it any more."""
         del self._sequences[sequence.id]
+        self.shares.leave(sequence.tenant)
         if sequence.id in self.running:
             self._leave_stages(sequence)
         else:
@@ -160,7 +171,7 @@ class Residents:
         assert len(self.running) <= self._limits.max_running
         assert {sequence.id for sequence in self._waiting} | set(self.running) == set(self._sequences)
         assert len(self._waiting) + len(self.running) == len(self._sequences)
-        assert [one.arrival for one in self._waiting] == sorted(one.arrival for one in self._waiting)
+        assert self.shares.num_present == len({one.tenant for one in self._sequences.values()})
         for sequence in self._waiting:
             assert self._blocks.held(sequence.number) == 0 or self.departures.is_leaving(sequence.number)
             assert sequence.planned == sequence.confirmed == sequence.kept == 0
@@ -174,10 +185,37 @@ class Residents:
             assert self._blocks.held(sequence.number) >= self.blocks_for(max(sequence.planned, sequence.kept))
         assert held == self._limits.num_blocks - self._blocks.num_free
 
+    def _yield_place(self, newcomer: Sequence) -> bool:
+        """A place for a tenant that has less than its share of them, from one that has more."""
+        share = max(self._limits.max_running // self.shares.num_present, 1)
+        if sum(one.tenant == newcomer.tenant for one in self.running.values()) >= share:
+            return False
+        last = self.shares.most_served(self.running.values(), above=share)
+        if last is None:
+            return False
+        self._preempt(last)
+        return True
+
+    def _yield_blocks(self, newcomer: Sequence, needed: int) -> bool:
+        """Blocks for a tenant that stays within its share of them, from one that has more. False: not for now."""
+        if self.departures.numbers:
+            return False  # blocks are about to be free
+        held = Counter[str]()
+        for one in self.running.values():
+            held[one.tenant] += self._blocks.held(one.number)
+        share = self._limits.num_blocks // self.shares.num_present
+        if held[newcomer.tenant] + needed > share:
+            return False
+        last = self.shares.most_served(one for one in self.running.values() if held[one.tenant] > share)
+        if last is None:
+            return False
+        self._preempt(last)
+        return True
+
     def _preempt(self, sequence: Sequence) -> None:
         self.preemptions += 1
         self._leave_stages(sequence)
-        insort(self._waiting, sequence, key=lambda one: one.arrival)
+        self._waiting.add(sequence)
 
     def _leave_stages(self, sequence: Sequence) -> None:
         del self.running[sequence.id]

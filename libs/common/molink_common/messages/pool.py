@@ -97,6 +97,11 @@ class HeadReport(BaseModel):
     model_config = ConfigDict(frozen=True)
     running: Count
     waiting: Count
+    """For a place or for KV blocks."""
+    places: Count = 0
+    """Most sequences that run at a time. 0: not told."""
+    prompt_tokens_waiting: Count = 0
+    """Of prompts, running and waiting, for which no step has been planned."""
     free_blocks: Count
     num_blocks: Count
     steps_under_way: Count
