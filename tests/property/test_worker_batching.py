@@ -21,7 +21,9 @@ from molink_stage_worker.kv_blocks import BlockAllocator
 from molink_stage_worker.lives import Lives
 
 
-def make_start(number: int, prompt: int, new: int, generated: tuple[int, ...] = ()) -> StartSequence:
+def make_start(
+    number: int, prompt: int, new: int, generated: tuple[int, ...] = (), tenant: str = "", priority: int = 0
+) -> StartSequence:
     return StartSequence(
         pipeline=1,
         epoch=1,
@@ -29,6 +31,8 @@ def make_start(number: int, prompt: int, new: int, generated: tuple[int, ...] = 
         prompt=tuple(range(prompt)),
         generated=generated,
         options=SamplingOptions(max_tokens=new),
+        tenant=tenant,
+        priority=priority,
     )
 
 
@@ -117,13 +121,20 @@ class BatchingMachine(RuleBasedStateMachine):
         self.heard: dict[str, int] = {}
         self.added = 0
 
-    @rule(prompt=st.integers(1, 22), new=st.integers(1, 8), given=st.integers(0, 3))
-    def add(self, prompt: int, new: int, given: int) -> None:
+    @rule(
+        prompt=st.integers(1, 22),
+        new=st.integers(1, 8),
+        given=st.integers(0, 3),
+        tenant=st.sampled_from(("a", "b", "c")),
+        priority=st.integers(-1, 1),
+    )
+    def add(self, prompt: int, new: int, given: int, tenant: str, priority: int) -> None:
         if len(self.live) >= 15:
             return
         self.added += 1
         given = min(given, new - 1)
-        start = make_start(self.added, prompt, new, tuple(token_of(self.added, index) for index in range(given)))
+        generated = tuple(token_of(self.added, index) for index in range(given))
+        start = make_start(self.added, prompt, new, generated, tenant, priority)
         try:
             self.batcher.add(start)
         except CapacityError:

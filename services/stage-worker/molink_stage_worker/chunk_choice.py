@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Listing
 
 from molink_stage_worker.batch_sequence import Sequence
+from molink_stage_worker.fair_queue import Shares
 
 _TURNS = 3
 MOST_LOGIT_ROWS = 128
@@ -12,22 +13,31 @@ MOST_LOGIT_ROWS = 128
 
 
 class ChunkChoice:
-    """Every third time the prompt that came first, else the one that is nearest to its end.
+    """The tenant served least first; every third time its prompt that came first, else the one nearest to its end.
 
     Were all served alike, all would end late. So short prompts pass long ones, but cannot hold them up for ever. A
     step stops opening sequences once their prompts together pass `opening_tokens`, and takes at most `MOST_LOGIT_ROWS`
     tokens of prompts whose log probabilities are told.
     """
 
-    def __init__(self, opening_tokens: int) -> None:
+    def __init__(self, opening_tokens: int, shares: Shares) -> None:
         self._opening_tokens = opening_tokens
+        self._shares = shares
         self._turns = 0
 
     def choose(self, prompts: Listing[Sequence], budget: int) -> dict[str, int]:
         """Tokens by sequence, `budget` together at most."""
         self._turns += 1
         is_first_come = self._turns % _TURNS == 1
-        ordered = sorted(prompts, key=lambda one: (0 if is_first_come else one.unplanned, one.arrival))
+        ordered = sorted(
+            prompts,
+            key=lambda one: (
+                self._shares.served(one.tenant),
+                one.priority,
+                0 if is_first_come else one.unplanned,
+                one.arrival,
+            ),
+        )
         chosen: dict[str, int] = {}
         rows = MOST_LOGIT_ROWS
         opening = 0

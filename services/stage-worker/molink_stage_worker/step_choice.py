@@ -10,6 +10,9 @@ from molink_stage_worker.batch_sequence import Sequence
 from molink_stage_worker.chunk_choice import ChunkChoice
 from molink_stage_worker.residents import Residents
 
+_PART_BESIDE_NEWCOMER = 4
+"""While a tenant waits for a first token, those that were served more get this part of a decode step: a step of all
+their sequences would delay it by all of their computing, and a token later costs them little."""
 _LEAST_REBUILDS_UNDER_WAY = 2
 """So that the stage that is rebuilt computes one step while the next one is on its way."""
 
@@ -20,7 +23,7 @@ class StepChoice:
     def __init__(self, limits: BatchLimits, residents: Residents) -> None:
         self._limits = limits
         self._residents = residents
-        self._prompts = ChunkChoice(limits.opening_tokens)
+        self._prompts = ChunkChoice(limits.opening_tokens, residents.shares)
         self._decode_steps_in_a_row = 0
 
     def on_step(self, traffic: Traffic) -> None:
@@ -61,13 +64,31 @@ class StepChoice:
         if ready is not None and not ready.is_decoding and not plan.separate_prefill:
             room -= max(room // 4, 1)  # a prompt has waited longest: many decode sequences must not keep it out
         share = min(-(-decoding // plan.micro_batches), room)
+        newcomer = self._newcomer()
+        room_beside_newcomer = max(share // _PART_BESIDE_NEWCOMER, 1)
         for sequence in list(self._residents.running.values()):
             if len(chosen) >= share:
                 break
             if sequence.unplanned and self._may_decode(sequence):
+                is_served_more = newcomer is not None and self._served(sequence) > newcomer
+                if is_served_more and not room_beside_newcomer:
+                    continue
                 if not self._residents.make_room(sequence, sequence.planned + 1, chosen):
                     continue
+                room_beside_newcomer -= is_served_more
                 chosen[sequence.id] = 1
+
+    def _newcomer(self) -> int | None:
+        """What the tenant served least was served of those whose prompt is to be computed for a first token."""
+        if self._residents.shares.num_present < 2:
+            return None
+        waiting = [
+            one for one in self._residents.running.values() if one.unplanned and len(one.tokens) == len(one.prompt)
+        ]
+        return min(map(self._served, waiting), default=None)
+
+    def _served(self, sequence: Sequence) -> int:
+        return self._residents.shares.served(sequence.tenant)
 
     def chunks(self, taken: dict[str, int], traffic: Traffic, most_tokens: int) -> dict[str, int]:
         """How many tokens of whose prompts, beside those `taken`; `taken` loses who has to give way for them."""
