@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from molink_scheduler import draining
 from molink_scheduler.events import (
     EpochTaken,
     SequenceSaved,
@@ -13,7 +14,16 @@ from molink_scheduler.events import (
     WorkerDisconnected,
     WorkerProbed,
 )
-from molink_scheduler.instructions import AppendTokens, AssignStageTo, SavePipeline, StartSequenceAt, TakeEpoch
+from molink_scheduler.instructions import (
+    AppendTokens,
+    AssignStageTo,
+    Instruction,
+    ReleaseStageOf,
+    SavePipeline,
+    StartSequenceAt,
+    StopSequenceAt,
+    TakeEpoch,
+)
 from molink_scheduler.prediction import Load, finish_s, first_to_finish
 from molink_scheduler.records import Snapshot
 from tests.scheduler_builders import (
@@ -122,3 +132,55 @@ def test_prediction() -> None:
     assert first_to_finish([load(1, 7, 0.05, reported=1), load(2, 0, 0.2)], tokens=100) == 2
     assert first_to_finish([load(1, 2, 0.05), load(2, 1, None)], tokens=100) == 2
     assert first_to_finish([load(2, 1, 0.1), load(1, 1, 0.1)], tokens=100) == 1
+
+
+def fill(two: Driver) -> None:
+    """Start sequences until four are at the second pipeline."""
+    at_second = 0
+    for number in range(16):
+        sequence = f"{0xB0 + number:016x}"
+        at_second += start(two, sequence) == ["w3"]
+        two.do(StartAnswered(sequence, two.machine.books.sequences[sequence].epoch or 0))
+        if at_second == 4:
+            return
+    raise AssertionError("sequences do not go to the second pipeline")
+
+
+def test_a_leaving_workers_sequences_move_a_few_at_a_time(two: Driver) -> None:
+    fill(two)
+    here = [one.id for one in two.machine.books.sequences.values() if one.pipeline == 2]
+    assert len(here) == 4
+    leaving = W4.model_copy(update={"leaving": True})
+
+    def moved(beats: list[Instruction]) -> list[str]:
+        stopped = [one.stop.sequence for one in beats if isinstance(one, StopSequenceAt)]
+        started = [(one.worker, one.start.sequence) for one in beats if isinstance(one, StartSequenceAt)]
+        assert started == [("w1", sequence) for sequence in stopped], "stopped where they were, started elsewhere"
+        return stopped
+
+    first = moved(two.beat(leaving))
+    assert len(first) == draining.MOST_MOVING
+    assert moved(two.beat(leaving)) == [], "until one of them goes on"
+    assert start(two, S2) == ["w1"], "nothing new comes in"
+    two.do(StartAnswered(first[0], 1))
+    two.do(TokensArrived(make_step(1, (first[0], 0, 5, None))))
+    second = moved(two.beat(leaving))
+    assert len(second) == 1
+    for sequence in (first[1], *second):
+        two.do(StartAnswered(sequence, 1))
+        two.do(TokensArrived(make_step(1, (sequence, 0, 5, None))))
+    last = moved(two.beat(leaving))
+    assert sorted([*first, *second, *last]) == sorted(here)
+    done = two.beat(leaving)
+    assert list(two.machine.books.pipelines) == [1]
+    assert ReleaseStageOf("w4", 2) in done or ReleaseStageOf("w4", 2) in two.beat(leaving)
+
+
+def test_a_pipeline_that_drains_serves_when_the_other_is_lost(two: Driver) -> None:
+    fill(two)
+    leaving = W4.model_copy(update={"leaving": True})
+    two.beat(leaving)
+    two.do(WorkerDisconnected("w1"))
+    two.do(WorkerProbed("w1", is_there=False))
+    assert not two.machine.books.pipelines[2].is_draining
+    assert start(two, S2) == ["w3"]

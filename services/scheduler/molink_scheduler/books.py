@@ -123,6 +123,8 @@ class Pipeline:
     compared_s: float = 0.0
     """When the books were last compared with the head's."""
     # replacing
+    is_draining: bool = False
+    """A worker of it leaves for good: its sequences move elsewhere, and nothing new is started here."""
     is_kept: bool = False
     """The layout has served: it is kept, and lost stages are given to others, before anything is placed anew."""
     replaced: frozenset[str] = frozenset()
@@ -178,6 +180,8 @@ class Sequence:
     confirmed_s: float | None = None
     """When its head said that it has it."""
     is_restored: bool = False
+    moved_with: int | None = None
+    """How many tokens it had when it was last moved away from a pipeline that drains."""
     """From the store, and not yet seen at the head since."""
 
     @property
@@ -196,6 +200,11 @@ class Sequence:
         return len(self.record.request.prompt) + self.record.request.options.max_tokens
 
     @property
+    @property
+    def num_tokens(self) -> int:
+        """Of its prompt and of its answer so far."""
+        return len(self.record.request.prompt) + len(self.generated)
+
     def is_resumable(self) -> bool:
         """Whether another gateway may go on with its stream."""
         return self.record.request.resume_state is not None

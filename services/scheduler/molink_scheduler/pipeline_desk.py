@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import assert_never
 
 from molink_common.messages import Heartbeat, StagePhase
-from molink_scheduler import detection, forming, replacement, sequence_desk, standby
+from molink_scheduler import detection, draining, forming, replacement, sequence_desk, standby
 from molink_scheduler.books import Books, Pipeline, PipelinePhase, Worker
 from molink_scheduler.instructions import (
     BroadcastState,
@@ -123,7 +123,12 @@ def _look_after(books: Books, pipeline: Pipeline, now_s: float) -> Iterator[Inst
     if lost or pipeline.refused_because is not None:
         yield from _part_lost(books, pipeline, lost, now_s)
         return
-    reason = _why_place_anew(books, pipeline, now_s)
+    leaving = draining.who_leaves(books, pipeline, now_s)
+    pipeline.is_draining = pipeline.is_ready and leaving is not None and draining.can_take_over(books, pipeline)
+    if pipeline.is_draining and not draining.is_done(books, pipeline):
+        yield from draining.move(books, pipeline, now_s)
+        return
+    reason = _why_place_anew(books, pipeline, leaving, now_s)
     if reason is not None:
         yield from _lose(books, pipeline, reason, now_s)
     elif pipeline.is_ready:
@@ -181,25 +186,21 @@ def _lose(books: Books, pipeline: Pipeline, reason: str, now_s: float) -> Iterat
     pipeline.layout, pipeline.placement, pipeline.refused_for = None, None, None
     pipeline.is_kept, pipeline.refused_because, pipeline.continued_epoch = False, None, None
     pipeline.may_continue, pipeline.replaced, pipeline.gone = False, frozenset(), {}
+    pipeline.is_draining = False
     sequence_desk.pipeline_lost(books, pipeline, now_s)
     yield BroadcastState()
     yield from sequence_desk.start_waiting(books, now_s)
     yield from _plan_one(books, pipeline, now_s)
 
 
-def _why_place_anew(books: Books, pipeline: Pipeline, now_s: float) -> str | None:
-    layout = pipeline.layout
-    assert layout is not None, "a pipeline that loads or serves has a layer map"
+def _why_place_anew(books: Books, pipeline: Pipeline, leaving: str | None, now_s: float) -> str | None:
+    """`leaving` leaves without a successor."""
     if pipeline.is_ready and detection.is_stuck(books, pipeline, now_s):
         return f"no step has come out for {detection.STUCK_S:g} s"
-    idle = standby.idle_workers(books, now_s)
-    for index, stage in enumerate(layout.stages):
-        worker = books.workers.get(stage.worker)
-        if worker is None or worker.leaving_since_s is None:
-            continue
-        has_successor = pipeline.is_kept and standby.best_for(books, layout, stage, idle) is not None
-        if not has_successor and forming.can_do_without(books, pipeline, worker, now_s):
-            return f"worker {stage.worker} (stage {index}): it is leaving"
+    if leaving is not None and (
+        pipeline.is_draining or forming.can_do_without(books, pipeline, books.workers[leaving], now_s)
+    ):
+        return f"worker {leaving} is leaving"
     return forming.why_anew(books, pipeline, now_s)
 
 

@@ -49,9 +49,14 @@ def start(books: Books, sequence: Sequence, now_s: float) -> Iterator[Instructio
 
 
 def choose(books: Books, sequence: Sequence) -> Pipeline | None:
-    """Who is to serve a sequence: where it is finished first. None when none that is ready can."""
+    """Who is to serve a sequence: where it is finished first. None when none that is ready can.
+
+    A pipeline that drains is the last resort.
+    """
     able: dict[int, Pipeline] = {}
-    for pipeline in books.ready_pipelines:
+    for pipeline in sorted(books.ready_pipelines, key=lambda one: one.is_draining):
+        if pipeline.is_draining and able:
+            break
         layout = pipeline.layout
         assert layout is not None, "a pipeline that is ready has a layer map"
         has_room = sequence.most_tokens <= layout.kv_capacity_tokens
