@@ -16,6 +16,8 @@ from molink_gateway.api_errors import bad_request, too_long
 from molink_gateway.choice import Choice
 from molink_gateway.cluster import ServedModel
 from molink_gateway.options import COMPLETION_TOKENS, check_vocabulary, sampling_options
+from molink_gateway.prompt_logprobs import PromptInbox, offsets_in_ids, offsets_in_text
+from molink_gateway.prompt_reply import Echo, with_prompts
 from molink_gateway.replies import ChatReply, CompletionReply, Reply, ReplyHead
 from molink_gateway.request_fields import MAX_PROMPTS
 from molink_gateway.requests import ChatRequest, CompletionRequest, GenerationFields
@@ -63,6 +65,10 @@ class Prepared:
     is_stream: bool
     has_usage: bool
     has_continuous_usage: bool
+    drops_answer: bool = False
+    """Only the prompt is told."""
+    prompts: tuple[PromptInbox, ...] = ()
+    """For each choice, where the log probabilities of its prompt arrive before it may say anything; or none at all."""
     told: Place | None = None
     """What the client has already of a stream that is taken up again."""
     make_script: Callable[[Prepared, Run], Script] = ChunkScript
@@ -94,7 +100,8 @@ async def prepare_chat(request: ChatRequest, model: ServedModel, origin: Origin)
     reply = ChatReply(head, told_prompt=prompt if request.return_token_ids else None)
     orders = [(prompt, one) for one in options]
     state = _state(StreamKind.CHAT, head, request, origin, orders)
-    return _prepared(request, model, orders, reply, len(prompt), origin, state)
+    prepared = _prepared(request, model, orders, reply, len(prompt), origin, state)
+    return with_prompts(prepared, request, head, model.tokenizer.text_of, echoes=None)
 
 
 async def prepare_completion(request: CompletionRequest, model: ServedModel, origin: Origin) -> Prepared:
@@ -111,6 +118,7 @@ async def prepare_completion(request: CompletionRequest, model: ServedModel, ori
         )
     orders: list[Order] = []
     echoes: list[str] = []
+    echoes_told: list[Echo | None] = []
     num_prompt_tokens = 0
     for given in request.prompt:
         if isinstance(given, str):
@@ -124,12 +132,32 @@ async def prepare_completion(request: CompletionRequest, model: ServedModel, ori
         orders += [(prompt, one) for one in options]
         echo = "" if not request.echo else given if isinstance(given, str) else model.tokenizer.decode(prompt)
         echoes += [echo] * len(options)
+        echoes_told += [await _echo_told(request, model.tokenizer, given, prompt, echo)] * len(options)
         num_prompt_tokens += len(prompt)
     told_prompts = [prompt for prompt, _ in orders] if request.return_token_ids else None
     head = _head("cmpl-", request, model)
     reply = CompletionReply(head, echoes, told_prompts=told_prompts)
     state = _state(StreamKind.COMPLETION, head, request, origin, orders, echo=echoes[0])
-    return _prepared(request, model, orders, reply, num_prompt_tokens, origin, state)
+    prepared = _prepared(request, model, orders, reply, num_prompt_tokens, origin, state)
+    return with_prompts(prepared, request, head, model.tokenizer.text_of, echoes=echoes_told)
+
+
+async def _echo_told(
+    request: CompletionRequest, tokenizer: Tokenizer, given: str | list[int], prompt: list[int], text: str
+) -> Echo | None:
+    """The prompt that stands before the answer, if its log probabilities are told as well."""
+    if not request.echo or request.logprobs is None:
+        return None
+
+    def offsets() -> list[int]:
+        if isinstance(given, str):
+            return offsets_in_text(tokenizer.spans(given, add_special_tokens=True))
+        return offsets_in_ids(tokenizer.detokenizer(()), prompt, len(text))
+
+    is_long = len(text) >= _LONG_TEXT_CHARACTERS
+    return Echo(
+        text=text, offsets=await asyncio.to_thread(offsets) if is_long else offsets(), likeliest=request.logprobs
+    )
 
 
 async def _encode(model: ServedModel, text: str, *, add_special_tokens: bool, field: str) -> list[int]:
@@ -177,6 +205,8 @@ def _state(
     """None for what cannot be taken up again: the scheduler keeps tokens, not their log probabilities."""
     if not (origin.wants_resuming and request.stream and len(orders) == 1 and request.likeliest is None):
         return None
+    if request.likeliest_of_prompt is not None or request.max_tokens == 0:
+        return None
     return ResumeState(
         kind=kind,
         id=head.id,
@@ -217,6 +247,7 @@ def _prepared(
                 sequence=new_sequence_id(),
                 gateway=origin.gateway,
                 request=origin.request_id,
+                choice=choice,
                 model=model.card.name,
                 prompt=tuple(prompt),
                 options=options,
@@ -224,7 +255,7 @@ def _prepared(
                 trace=origin.trace,
                 resume_state=None if state is None else state.encode(),
             )
-            for prompt, options in orders
+            for choice, (prompt, options) in enumerate(orders)
         )
     )
     return Prepared(
@@ -235,6 +266,7 @@ def _prepared(
         is_stream=bool(request.stream),
         has_usage=request.wants_usage,
         has_continuous_usage=request.wants_continuous_usage,
+        drops_answer=request.max_tokens == 0,
     )
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from molink_common.messages import Heartbeat, ModelCard, PreloadStages, StageReport
+from molink_scheduler.key_book import KeyBook
+from molink_scheduler.overload import Overload
 from molink_scheduler.placement import Placement
 from molink_scheduler.records import PipelineRecord, SequenceRecord
 from molink_scheduler.settings import SchedulerSettings
@@ -122,9 +124,9 @@ class Pipeline:
     """When a step last came out."""
     compared_s: float = 0.0
     """When the books were last compared with the head's."""
-    # replacing
     is_draining: bool = False
     """A worker of it leaves for good: its sequences move elsewhere, and nothing new is started here."""
+    # replacing
     is_kept: bool = False
     """The layout has served: it is kept, and lost stages are given to others, before anything is placed anew."""
     replaced: frozenset[str] = frozenset()
@@ -179,9 +181,9 @@ class Sequence:
     attempts: int = 0
     confirmed_s: float | None = None
     """When its head said that it has it."""
-    is_restored: bool = False
     moved_with: int | None = None
     """How many tokens it had when it was last moved away from a pipeline that drains."""
+    is_restored: bool = False
     """From the store, and not yet seen at the head since."""
 
     @property
@@ -200,11 +202,11 @@ class Sequence:
         return len(self.record.request.prompt) + self.record.request.options.max_tokens
 
     @property
-    @property
     def num_tokens(self) -> int:
         """Of its prompt and of its answer so far."""
         return len(self.record.request.prompt) + len(self.generated)
 
+    @property
     def is_resumable(self) -> bool:
         """Whether another gateway may go on with its stream."""
         return self.record.request.resume_state is not None
@@ -239,6 +241,7 @@ class Books:
     """Those whose clients may come back, in the order in which they ended."""
     recent: dict[str, EndedSequence] = field(default_factory=dict)
     """Other ones, not in the store: their gateways may have missed the last tokens."""
+    keys: KeyBook = field(default_factory=KeyBook)
     gateways_heard_s: dict[str, float] = field(default_factory=dict)
     finished_s: deque[float] = field(default_factory=lambda: deque(maxlen=64))
     """When the last sequences ended, for the estimate of a time to retry."""
@@ -255,6 +258,11 @@ class Books:
     ticked_s: float | None = None
     """When time last passed."""
     broadcast_s: float | None = None
+    overload: Overload = field(init=False)
+
+    def __post_init__(self) -> None:
+        """How long newcomers wait is learnt anew."""
+        self.overload = Overload(self.settings.ttft_target_s)
 
     @property
     def pipeline(self) -> Pipeline:

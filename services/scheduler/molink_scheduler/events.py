@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from molink_common.messages import Heartbeat, ResumeSequence, SequencesHeld, StepTokens, SubmitSequence
+from molink_common.messages import ApiKey, Heartbeat, ResumeSequence, SequencesHeld, StepTokens, SubmitSequence
 from molink_scheduler.records import Snapshot
 
 
@@ -13,6 +13,8 @@ class Restored:
     """The scheduler begins, with what the store has kept. Always the first event."""
 
     snapshot: Snapshot
+    utc_s: float = 0.0
+    """Seconds since 1970 now. The time beside an event says nothing of days."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +22,8 @@ class Tick:
     """Time has passed. Silence of workers and gateways counts only while NATS could be heard."""
 
     bus_up: bool = True
+    utc_s: float | None = None
+    """Seconds since 1970, where a clock was looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +148,36 @@ class StoreEmptied:
     """The store answers but has forgotten everything."""
 
 
+@dataclass(frozen=True, slots=True)
+class KeysAsked:
+    """Somebody wants to know the API keys; `reply` stands for the question."""
+
+    reply: int
+
+
+@dataclass(frozen=True, slots=True)
+class KeyAddAsked:
+    """An operator adds an API key; `reply` stands for his order."""
+
+    key: ApiKey
+    reply: int
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRevokeAsked:
+    """An operator revokes an API key; `reply` stands for his order."""
+
+    key: str
+    reply: int
+
+
+@dataclass(frozen=True, slots=True)
+class KeySaved:
+    """The store has an API key as it is now."""
+
+    key: str
+
+
 Event = (
     Restored
     | Tick
@@ -163,4 +197,8 @@ Event = (
     | SequencesHeldArrived
     | StoreChanged
     | StoreEmptied
+    | KeysAsked
+    | KeyAddAsked
+    | KeyRevokeAsked
+    | KeySaved
 )

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 
 from molink_common.messages import (
     Admitted,
+    ApiKey,
     AssignStage,
+    Done,
     Failed,
     Heartbeat,
+    Keys,
     PreloadStages,
     Refused,
     Resumed,
@@ -16,7 +19,7 @@ from molink_common.messages import (
     StartSequence,
     StopSequence,
 )
-from molink_scheduler.records import PipelineRecord, SequenceRecord
+from molink_scheduler.records import KeyUsage, PipelineRecord, SequenceRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +98,10 @@ class AskSequencesOf:
 
 @dataclass(frozen=True, slots=True)
 class ReplyTo:
-    """Answer a `SequenceSubmitted` or a `ResumeAsked`."""
+    """Answer whatever came with a number for its reply."""
 
     reply: int
-    message: Admitted | Refused | Resumed | Failed
+    message: Admitted | Refused | Resumed | Failed | Keys | Done
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,11 +150,32 @@ class SaveWorker:
 
 
 @dataclass(frozen=True, slots=True)
+class SaveKey:
+    """Keep an API key; answered by `KeySaved`."""
+
+    key: ApiKey
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteKey:
+    """Forget an API key and what it has used."""
+
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class SaveUsage:
+    """Keep what an API key has used."""
+
+    usage: KeyUsage
+
+
+@dataclass(frozen=True, slots=True)
 class BroadcastState:
     """Tell everybody the state of everything, now."""
 
 
-Write = SaveSequence | AppendTokens | DeleteSequence | SavePipeline | SaveWorker
+Write = SaveSequence | AppendTokens | DeleteSequence | SavePipeline | SaveWorker | SaveKey | DeleteKey | SaveUsage
 """What goes to the store."""
 
 Question = (

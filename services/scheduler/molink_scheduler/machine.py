@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import assert_never
 
 from molink_common.messages import ClusterState
-from molink_scheduler import detection, pipeline_desk, resumption, sequence_desk, standby
+from molink_scheduler import detection, key_desk, pipeline_desk, resumption, sequence_desk, standby
 from molink_scheduler.books import Books, PipelinePhase
 from molink_scheduler.events import (
     AssignAnswered,
@@ -23,6 +23,10 @@ from molink_scheduler.events import (
     Event,
     GatewayAliveArrived,
     HeartbeatArrived,
+    KeyAddAsked,
+    KeyRevokeAsked,
+    KeysAsked,
+    KeySaved,
     PreloadAnswered,
     Restored,
     ResumeAsked,
@@ -41,6 +45,7 @@ from molink_scheduler.instructions import (
     AppendTokens,
     BroadcastState,
     Instruction,
+    ReplyTo,
     SavePipeline,
     SaveSequence,
 )
@@ -66,7 +71,7 @@ class Machine:
         """The state of everything."""
         return cluster_state(self.books, now_s)
 
-    def _decide(self, event: Event, now_s: float) -> Iterator[Instruction]:  # noqa: PLR0912  one case an event
+    def _decide(self, event: Event, now_s: float) -> Iterator[Instruction]:  # noqa: PLR0912, PLR0915  one case an event
         books = self.books
         match event:
             case TokensArrived(step):
@@ -74,7 +79,9 @@ class Machine:
             case HeartbeatArrived(heartbeat):
                 yield from pipeline_desk.heartbeat(books, heartbeat, now_s)
                 yield from pipeline_desk.plan(books, now_s)
-            case Tick(bus_up):
+            case Tick(bus_up, utc_s):
+                if utc_s is not None:
+                    books.keys.set_clock(utc_s, now_s)
                 yield from self._time_passed(bus_up, now_s)
             case WorkerDisconnected(worker):
                 yield from detection.disconnected(books, worker, now_s)
@@ -108,7 +115,16 @@ class Machine:
                 yield BroadcastState()
             case StoreEmptied():
                 yield from self._save_everything()
-            case Restored(snapshot):
+            case KeysAsked(reply):
+                yield ReplyTo(reply, books.keys.table(now_s))
+            case KeyAddAsked(key, reply):
+                yield from key_desk.add(books, key, reply)
+            case KeyRevokeAsked(key, reply):
+                yield from key_desk.revoke(books, key, reply, now_s)
+            case KeySaved(key):
+                yield from key_desk.saved(books, key)
+            case Restored(snapshot, utc_s):
+                books.keys.set_clock(utc_s, now_s)
                 yield from self._restore(snapshot, now_s)
             case _:
                 assert_never(event)
@@ -123,6 +139,7 @@ class Machine:
         yield from resumption.time_passed(books, now_s)
         yield from sequence_desk.time_passed(books, now_s)
         yield from pipeline_desk.plan(books, now_s)
+        yield from books.keys.time_passed(now_s)
         if books.broadcast_s is None or now_s - books.broadcast_s >= BROADCAST_EVERY_S:
             books.broadcast_s = now_s
             yield BroadcastState()
@@ -131,6 +148,7 @@ class Machine:
         books = self.books
         assert books.pipeline.phase is PipelinePhase.WAITING and not books.workers, "restored once, at the start"
         books.highest_epoch = snapshot.epoch
+        books.keys.restore(snapshot)
         for record in sorted(snapshot.pipelines, key=lambda one: -one.epoch):
             books.highest_epoch = max(books.highest_epoch, record.epoch)
             # a pipeline that was given up is still in the store: its workers have a later one
@@ -148,6 +166,7 @@ class Machine:
         for pipeline in books.pipelines.values():
             if pipeline.layout is not None:
                 yield SavePipeline(pipeline.layout)
+        yield from books.keys.everything()
         kept = [(one.record, tuple(one.generated)) for one in books.sequences.values()]
         kept += [(one.record, one.generated) for one in books.ended.values()]
         for record, generated in kept:

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import assert_never
 
-from molink_common.messages import Heartbeat
+from molink_common.messages import ApiKey, Heartbeat
 from molink_scheduler.instructions import (
     AppendTokens,
+    DeleteKey,
     DeleteSequence,
+    SaveKey,
     SavePipeline,
     SaveSequence,
+    SaveUsage,
     SaveWorker,
     Write,
 )
-from molink_scheduler.records import PipelineRecord, SequenceRecord, Snapshot, StoredSequence
+from molink_scheduler.records import KeyUsage, PipelineRecord, SequenceRecord, Snapshot, StoredSequence
 from molink_scheduler.store import LeaseLost, LeaseState, StoreForgetful, StoreUnavailable, Term
 
 
@@ -35,6 +38,8 @@ class MemoryStore:
         self._tokens: dict[str, list[int]] = {}
         self._pipelines: dict[int, PipelineRecord] = {}
         self._workers: dict[str, Heartbeat] = {}
+        self._keys: dict[str, ApiKey] = {}
+        self._usage: dict[str, KeyUsage] = {}
 
     def expire_lease(self) -> None:
         """As if nobody had renewed it."""
@@ -99,6 +104,13 @@ class MemoryStore:
                     self._pipelines[layout.pipeline] = layout
                 case SaveWorker(heartbeat):
                     self._workers[heartbeat.worker] = heartbeat
+                case SaveKey(key):
+                    self._keys[key.id] = key
+                case DeleteKey(name):
+                    self._keys.pop(name, None)
+                    self._usage.pop(name, None)
+                case SaveUsage(usage):
+                    self._usage[usage.key] = usage
                 case _:
                     assert_never(write)
 
@@ -113,4 +125,6 @@ class MemoryStore:
                 for name in sorted(self._sequences)
             ),
             workers=tuple(self._workers[key] for key in sorted(self._workers)),
+            keys=tuple(self._keys[key] for key in sorted(self._keys)),
+            usage=tuple(self._usage[key] for key in sorted(self._usage)),
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pydantic import BaseModel, ConfigDict
 
 from molink_common.messages import (
+    ApiKey,
     Dtype,
     FinishReason,
     Heartbeat,
@@ -80,6 +81,16 @@ class SequenceRecord(BaseModel):
     """How many of its tokens count, once it has ended: a stop string may end it before the last of them."""
 
 
+class KeyUsage(BaseModel):
+    """What an API key has used on the last day on which it was used."""
+
+    model_config = ConfigDict(frozen=True)
+    key: str
+    day: int
+    """Since 1970, UTC."""
+    tokens: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredSequence:
     """A sequence with the tokens that were kept of it."""
@@ -96,3 +107,5 @@ class Snapshot:
     pipelines: tuple[PipelineRecord, ...] = ()
     sequences: tuple[StoredSequence, ...] = ()
     workers: tuple[Heartbeat, ...] = ()
+    keys: tuple[ApiKey, ...] = ()
+    usage: tuple[KeyUsage, ...] = ()

@@ -19,6 +19,7 @@ def cluster_state(books: Books, now_s: float) -> ClusterState:
         pipelines=_pipelines(books),
         sequences=len(books.sequences),
         max_sequences=books.settings.max_sequences,
+        keys_revision=books.keys.revision,
     )
 
 

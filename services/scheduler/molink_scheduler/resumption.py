@@ -55,7 +55,8 @@ def resume(books: Books, asked: ResumeSequence, reply: int, now_s: float) -> Ite
     sequence = books.sequences.get(asked.sequence)
     record = ended.record if ended is not None else sequence.record if sequence is not None else None
     is_theirs = record is not None and asked.gateway == record.request.gateway
-    if record is None or not (is_theirs or record.request.resume_state is not None):
+    is_anothers = record is not None and asked.tenant not in (None, record.request.tenant)
+    if record is None or is_anothers or not (is_theirs or record.request.resume_state is not None):
         yield ReplyTo(reply, Failed(message=f"there is no sequence {asked.sequence} to go on with"))
     elif ended is not None:
         assert record.finish is not None, "kept because it has ended"

@@ -16,7 +16,7 @@ from molink_common.messages import (
     TokenEvent,
 )
 from molink_scheduler import resumption, sequence_moves
-from molink_scheduler.admission import why_refused
+from molink_scheduler.admission import first_token_came, why_refused
 from molink_scheduler.books import Books, Pipeline, Sequence, SequencePhase
 from molink_scheduler.fitness import pool_card
 from molink_scheduler.instructions import (
@@ -57,6 +57,7 @@ def submit(books: Books, request: SubmitSequence, reply: int, now_s: float) -> I
     books.sequences[request.sequence] = Sequence(
         record=record, phase=SequencePhase.SAVING, since_s=now_s, replies=[reply]
     )
+    books.keys.admitted(request, now_s)
     yield SaveSequence(record)
 
 
@@ -159,6 +160,8 @@ def tokens(books: Books, step: StepTokens, now_s: float) -> Iterator[Instruction
         if sequence is None or (sequence.pipeline, sequence.epoch) != (step.pipeline, layout.epoch):
             continue
         is_next = event.index == len(sequence.generated)
+        if is_next and event.index == 0:
+            first_token_came(books, sequence, now_s)
         if event.finish is not None:
             yield from _finish(books, sequence, event, now_s)
             continue
@@ -166,7 +169,7 @@ def tokens(books: Books, step: StepTokens, now_s: float) -> Iterator[Instruction
         if step.epoch == layout.epoch:
             yield from sequence_moves.confirm(sequence, step.epoch, now_s)
         if is_next:
-            sequence.generated.append(event.token)
+            _append(books, sequence, event.token, now_s)
             yield AppendTokens(event.sequence, event.index, (event.token,))
         elif event.index > len(sequence.generated):
             sequence.has_hole = True
@@ -183,6 +186,14 @@ def tokens(books: Books, step: StepTokens, now_s: float) -> Iterator[Instruction
             )
 
 
+def _append(books: Books, sequence: Sequence, token: int, now_s: float) -> None:
+    """Keep a token, at its tenant's cost; with the first one the prompt has been computed."""
+    request = sequence.record.request
+    if request.tenant:
+        books.keys.charge(request.tenant, 1 if sequence.generated else 1 + len(request.prompt), now_s)
+    sequence.generated.append(token)
+
+
 def _finish(books: Books, sequence: Sequence, event: TokenEvent, now_s: float) -> Iterator[Instruction]:
     assert event.finish is not None, "called at the end"
     if event.index > len(sequence.generated):
@@ -190,7 +201,7 @@ def _finish(books: Books, sequence: Sequence, event: TokenEvent, now_s: float) -
         yield from sequence_moves.start_again(books, sequence, now_s)
         return
     if event.index == len(sequence.generated):
-        sequence.generated.append(event.token)
+        _append(books, sequence, event.token, now_s)
         if sequence.is_resumable:
             yield AppendTokens(event.sequence, event.index, (event.token,))
     yield from sequence_moves.keep(books, sequence, event.finish, now_s)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from itertools import count
@@ -18,6 +19,8 @@ from molink_common.errors import BusUnavailable, ProtocolError
 from molink_common.identity import new_peer_id
 from molink_common.logs import get_logger
 from molink_common.messages import (
+    AddKey,
+    AskKeys,
     AskState,
     CancelSequence,
     Failed,
@@ -27,6 +30,7 @@ from molink_common.messages import (
     M,
     Message,
     ResumeSequence,
+    RevokeKey,
     StepTokens,
     SubmitSequence,
     Welcome,
@@ -37,6 +41,9 @@ from molink_scheduler.events import (
     Event,
     GatewayAliveArrived,
     HeartbeatArrived,
+    KeyAddAsked,
+    KeyRevokeAsked,
+    KeysAsked,
     Restored,
     ResumeAsked,
     SequenceSubmitted,
@@ -48,14 +55,17 @@ from molink_scheduler.events import (
 from molink_scheduler.instructions import (
     AppendTokens,
     BroadcastState,
+    DeleteKey,
     DeleteSequence,
     FailSequence,
     Instruction,
     NoteLoss,
     Question,
     ReplyTo,
+    SaveKey,
     SavePipeline,
     SaveSequence,
+    SaveUsage,
     SaveWorker,
 )
 from molink_scheduler.lease import Tenure, wait_for_term
@@ -130,11 +140,11 @@ class Scheduler:
                 snapshot = await self._tenure.load()
                 self._tasks.create_task(self._writer.run())
                 self._tasks.create_task(self._send_outbox())
-                self._post(Restored(snapshot))
+                self._post(Restored(snapshot, time.time()))
                 log.info("scheduler active", model=self._settings.model, sequences=len(snapshot.sequences))
                 async with self._listening():
                     while not stop.is_set():
-                        self._post(Tick(self._bus.is_connected))
+                        self._post(Tick(self._bus.is_connected, time.time()))
                         await _wait(stop, TICK_S)
                 raise _Stopped  # noqa: TRY301  the group has no other way to end its tasks
         except* _Stopped:
@@ -149,6 +159,8 @@ class Scheduler:
             for subscription in (
                 await bus.subscribe(subjects.SUBMIT, self._hear_submit),
                 await bus.subscribe(subjects.RESUME, self._hear_resume),
+                await bus.subscribe(subjects.KEYS, self._hear_keys),
+                await bus.subscribe(subjects.CHANGE_KEYS, self._hear_change_of_keys),
                 await serve(bus, subjects.ALL_TOKENS, self._hear_tokens, StepTokens),
                 await serve(bus, subjects.ALL_HEARTBEATS, self._hear_heartbeat, Heartbeat),
                 await bus.subscribe(subjects.BROKER_DISCONNECTS, self._hear_disconnect),
@@ -184,6 +196,8 @@ class Scheduler:
     def _carry_out(self, instruction: Instruction) -> None:
         match instruction:
             case SaveSequence() | AppendTokens() | DeleteSequence() | SavePipeline() | SaveWorker():
+                self._writer.put(instruction)
+            case SaveKey() | DeleteKey() | SaveUsage():
                 self._writer.put(instruction)
             case ReplyTo(reply, message):
                 self._send(self._replies.pop(reply), message)
@@ -231,7 +245,19 @@ class Scheduler:
         if request is not None:
             self._post(ResumeAsked(request, reply))
 
-    def _question(self, incoming: Incoming, kind: type[M]) -> tuple[M | None, int]:
+    async def _hear_keys(self, incoming: Incoming) -> None:
+        asked, reply = self._question(incoming, AskKeys)
+        if asked is not None:
+            self._post(KeysAsked(reply))
+
+    async def _hear_change_of_keys(self, incoming: Incoming) -> None:
+        order, reply = self._question(incoming, AddKey, RevokeKey)
+        if isinstance(order, AddKey):
+            self._post(KeyAddAsked(order.key, reply))
+        elif isinstance(order, RevokeKey):
+            self._post(KeyRevokeAsked(order.key, reply))
+
+    def _question(self, incoming: Incoming, *kinds: type[M]) -> tuple[M | None, int]:
         """A question and the number of its answer, which the machine gives later. None: it is answered already."""
         reply = next(self._reply_numbers)
         if incoming.respond is None:
@@ -239,7 +265,7 @@ class Scheduler:
             return None, reply
         respond: Respond = incoming.respond  # type: ignore[assignment]
         try:
-            request = messages.decode(incoming.data, kind)
+            request = messages.decode(incoming.data, *kinds)
         except ProtocolError as error:
             self._send(respond, Failed(message=str(error)))
             return None, reply

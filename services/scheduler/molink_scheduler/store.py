@@ -10,6 +10,8 @@ Keys, all below ``molink:v1:``
     sequences        set      ids of the sequences that are being served
     sequence:<id>    JSON     `SequenceRecord`; expires an hour after its last token
     tokens:<id>      bytes    generated tokens, 4 bytes little-endian each, in order; expires likewise
+    keys             hash     API keys: id → JSON `ApiKey`, with the secret's SHA-256
+    usage            hash     what they have used: id → JSON `KeyUsage`, a few seconds behind
 
 Every write is idempotent (a token is written to its place, not appended), so that a write whose answer was
 lost can simply be written again. And every write names the term that it belongs to: the server carries a batch out as
@@ -34,17 +36,20 @@ from redis.backoff import NoBackoff
 
 from molink_common.errors import MolinkError, ProtocolError
 from molink_common.logs import get_logger
-from molink_common.messages import Heartbeat, decode, encode
+from molink_common.messages import ApiKey, Heartbeat, decode, encode
 from molink_scheduler import store_scripts
 from molink_scheduler.instructions import (
     AppendTokens,
+    DeleteKey,
     DeleteSequence,
+    SaveKey,
     SavePipeline,
     SaveSequence,
+    SaveUsage,
     SaveWorker,
     Write,
 )
-from molink_scheduler.records import PipelineRecord, SequenceRecord, Snapshot, StoredSequence
+from molink_scheduler.records import KeyUsage, PipelineRecord, SequenceRecord, Snapshot, StoredSequence
 
 log = get_logger("scheduler.store")
 
@@ -175,7 +180,7 @@ class RedisStore:
             answer = await self._write(keys=[self._term_key], args=words)
         _refuse_unless_held(answer, term)
 
-    def _commands(self, write: Write) -> tuple[tuple[str | bytes | int, ...], ...]:
+    def _commands(self, write: Write) -> tuple[tuple[str | bytes | int, ...], ...]:  # noqa: PLR0911  one a kind
         root = self._root
         match write:
             case AppendTokens(name, start, tokens):
@@ -199,6 +204,12 @@ class RedisStore:
                 return (("SET", f"{root}pipeline:{layout.pipeline}", layout.model_dump_json()),)
             case SaveWorker(heartbeat):
                 return (("SET", f"{root}worker:{heartbeat.worker}", encode(heartbeat), "EX", WORKER_EXPIRY_S),)
+            case SaveKey(key):
+                return (("HSET", root + "keys", key.id, key.model_dump_json()),)
+            case DeleteKey(name):
+                return (("HDEL", root + "keys", name), ("HDEL", root + "usage", name))
+            case SaveUsage(usage):
+                return (("HSET", root + "usage", usage.key, usage.model_dump_json()),)
             case _:
                 assert_never(write)
 
@@ -219,11 +230,20 @@ class RedisStore:
                 for value in await self._values(root + "worker:*")
                 if (heartbeat := _parsed_heartbeat(value)) is not None
             ]
+            keys = await self._hash(root + "keys", ApiKey)
+            usage = await self._hash(root + "usage", KeyUsage)
         sequences = tuple(stored for stored in found.values() if stored is not None)
         broken = [DeleteSequence(name) for name, stored in found.items() if stored is None]
         if broken:
             await self.write(broken, term=term)
-        return Snapshot(epoch=epoch, pipelines=tuple(pipelines), sequences=sequences, workers=tuple(workers))
+        return Snapshot(
+            epoch=epoch,
+            pipelines=tuple(pipelines),
+            sequences=sequences,
+            workers=tuple(workers),
+            keys=keys,
+            usage=usage,
+        )
 
     async def _load_sequences(self, names: list[str]) -> dict[str, StoredSequence | None]:
         found: dict[str, StoredSequence | None] = {}
@@ -239,6 +259,11 @@ class RedisStore:
                     else None
                 )
         return found
+
+    async def _hash(self, name: str, kind: type[R]) -> tuple[R, ...]:
+        found = await self._client.hgetall(name)
+        parsed = (_parsed(kind, found[field]) for field in sorted(found))
+        return tuple(value for value in parsed if value is not None)
 
     async def _values(self, pattern: str) -> list[bytes]:
         keys = sorted([key async for key in self._client.scan_iter(match=pattern, count=500)])

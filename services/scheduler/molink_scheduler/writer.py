@@ -11,12 +11,15 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, assert_never
 
 from molink_common.logs import get_logger
-from molink_scheduler.events import Event, SequenceSaved, StoreChanged
+from molink_scheduler.events import Event, KeySaved, SequenceSaved, StoreChanged
 from molink_scheduler.instructions import (
     AppendTokens,
+    DeleteKey,
     DeleteSequence,
+    SaveKey,
     SavePipeline,
     SaveSequence,
+    SaveUsage,
     SaveWorker,
     Write,
 )
@@ -50,7 +53,7 @@ class PendingWrites:
     def __init__(self) -> None:
         self._records: dict[str, Write] = {}
         self._tokens: dict[str, AppendTokens] = {}
-        self._deleted: dict[str, DeleteSequence] = {}
+        self._deleted: dict[str, DeleteSequence | DeleteKey] = {}
 
     def __bool__(self) -> bool:
         return bool(self._records or self._tokens or self._deleted)
@@ -71,6 +74,14 @@ class PendingWrites:
                 self._records[f"pipeline {layout.pipeline}"] = write
             case SaveWorker(heartbeat):
                 self._records[f"worker {heartbeat.worker}"] = write
+            case SaveKey(key):
+                self._records[f"key {key.id}"] = write
+            case SaveUsage(usage):
+                self._records[f"usage {usage.key}"] = write
+            case DeleteKey(name):
+                self._records.pop(f"key {name}", None)
+                self._records.pop(f"usage {name}", None)
+                self._deleted[f"key {name}"] = write
             case _:
                 assert_never(write)
 
@@ -154,4 +165,6 @@ class WriteBehind:
         for write in batch:
             if isinstance(write, SaveSequence):
                 self._report(SequenceSaved(write.record.request.sequence))
+            elif isinstance(write, SaveKey):
+                self._report(KeySaved(write.key.id))
         return True

@@ -89,5 +89,5 @@ class Keys(Message):
     revision: str
     """See `ClusterState.keys_revision`."""
     keys: Annotated[tuple[ApiKey, ...], Field(max_length=MAX_KEYS)] = ()
-    tokens_today: dict[KeyId, Count] = {}
+    tokens_today: dict[KeyId, Count] = Field(default_factory=dict)
     """Of those that have used any."""
