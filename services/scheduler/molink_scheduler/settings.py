@@ -30,7 +30,11 @@ class SchedulerSettings(ServiceSettings):
         Literal["auto"] | Dtype,
         Field(description="float32, bfloat16, float16; auto: bfloat16 where every worker is best at it"),
     ] = "auto"
-    max_sequences: Annotated[int, Field(ge=1, description="most sequences admitted at the same time")] = 256
+    max_sequences: Annotated[int, Field(ge=1, le=4096, description="most sequences admitted at the same time")] = 256
+    ttft_target_s: Annotated[
+        float,
+        Field(ge=0, description="a request whose first token is predicted to come later is refused; 0: none is"),
+    ] = 20.0
     kv_tokens: Annotated[int, Field(ge=1, description="most tokens that the KV blocks hold")] = 131072
     min_kv_tokens: Annotated[int, Field(ge=1, description="least KV room, in tokens, that a placement leaves")] = 2048
     block_size: Annotated[int, Field(ge=1, le=4096, description="tokens a KV block")] = 16

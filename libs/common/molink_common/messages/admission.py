@@ -98,6 +98,8 @@ class Refused(Message):
     code: RefusalCode
     message: str
     retry_after_s: Annotated[float, Field(ge=0)] | None = None
+    holds_s: Annotated[float, Field(ge=0)] | None = None
+    """For so long every request of the same tenant would be refused alike: nobody need ask."""
 
 
 class CancelSequence(Message):
