@@ -6,6 +6,7 @@ of; that is what NATS permissions can enforce. ``*`` forms are for those who lis
     molink.v1.scheduler.submit            gateway → scheduler   request: SubmitSequence → Admitted | Refused
     molink.v1.scheduler.resume            gateway → scheduler   request: ResumeSequence → Resumed | Failed
     molink.v1.scheduler.cancel            gateway → scheduler   CancelSequence
+    molink.v1.scheduler.responses         gateway → schedulers  request: KeepResponse, AskResponse, DropResponse
     molink.v1.scheduler.join              worker → scheduler    request: JoinPool → Welcome | Failed
     molink.v1.scheduler.status            anybody → scheduler   request: AskState → ClusterState
     molink.v1.scheduler.state             scheduler → all       ClusterState, every second and on change
@@ -34,6 +35,7 @@ _ROOT = f"molink.v{PROTOCOL_VERSION}"
 SUBMIT = f"{_ROOT}.scheduler.submit"
 RESUME = f"{_ROOT}.scheduler.resume"
 CANCEL = f"{_ROOT}.scheduler.cancel"
+RESPONSES = f"{_ROOT}.scheduler.responses"
 JOIN = f"{_ROOT}.scheduler.join"
 STATUS = f"{_ROOT}.scheduler.status"
 STATE = f"{_ROOT}.scheduler.state"

@@ -31,6 +31,7 @@ from molink_common.messages.codec import (
     decode,
     encode,
 )
+from molink_common.messages.kept import AskResponse, DropResponse, KeepResponse, KeptResponse
 from molink_common.messages.keys import (
     MAX_KEYS,
     AddKey,
@@ -78,6 +79,7 @@ __all__ = [
     "Admitted",
     "ApiKey",
     "AskKeys",
+    "AskResponse",
     "AskSequences",
     "AskState",
     "AssignStage",
@@ -85,6 +87,7 @@ __all__ = [
     "ClusterState",
     "Count",
     "Done",
+    "DropResponse",
     "Dtype",
     "Failed",
     "FetchFile",
@@ -95,6 +98,8 @@ __all__ = [
     "HeadReport",
     "Heartbeat",
     "JoinPool",
+    "KeepResponse",
+    "KeptResponse",
     "KeyLimits",
     "Keys",
     "LayerRange",
