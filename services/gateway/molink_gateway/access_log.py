@@ -29,6 +29,8 @@ class RequestRecord:
     request_id: str
     began_s: float = field(default_factory=time.monotonic)
     status: int = CLIENT_GONE
+    tenant: str = ""
+    """The id of the API key that it came with."""
     model: str | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None

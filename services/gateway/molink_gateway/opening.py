@@ -49,7 +49,7 @@ class Openings:
 
     def chat(self, asked: Asked) -> Opened:
         """``POST /v1/chat/completions``."""
-        return self._new_or_known(asked, self._prepare_chat)
+        return self._new_or_known(asked, self.prepare_chat)
 
     def completion(self, asked: Asked) -> Opened:
         """``POST /v1/completions``."""
@@ -68,14 +68,16 @@ class Openings:
     def _new_or_known(self, asked: Asked, prepare: Callable[[Asked], Awaitable[Prepared]]) -> Opened:
         text = asked.headers.get(LAST_EVENT_ID)
         if text is None:
-            return self._new(asked, prepare)
+            return self.new(asked, prepare)
         told = parse_place(text)
         return self._known(asked, told.sequence, told)
 
     @contextlib.asynccontextmanager
-    async def _new(
+    async def new(
         self, asked: Asked, prepare: Callable[[Asked], Awaitable[Prepared]]
     ) -> AsyncIterator[tuple[Prepared, Mailbox]]:
+        """An answer that begins now."""
+        self._sequences.check(self._origin(asked).tenant)
         prepared = await prepare(asked)
         async with self._sequences.open(prepared.submission) as mailbox:
             yield prepared, mailbox
@@ -90,7 +92,8 @@ class Openings:
         async with self._sequences.take_up(sequence) as (recovered, mailbox):
             yield prepare_resumed(recovered, told, model), mailbox
 
-    async def _prepare_chat(self, asked: Asked) -> Prepared:
+    async def prepare_chat(self, asked: Asked) -> Prepared:
+        """A chat that is ready to be submitted."""
         request = parse_chat(asked.body)
         return await prepare_chat(request, self._model(request.model, asked), self._origin(asked))
 
@@ -108,5 +111,6 @@ class Openings:
             request_id=asked.record.request_id,
             gateway=self._gateway,
             trace=asked.trace,
+            tenant=asked.record.tenant,
             wants_resuming=self._are_all_resumable or asked.headers.get(RESUMABLE, "0").strip() in ("1", "true"),
         )
