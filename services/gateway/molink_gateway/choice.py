@@ -70,6 +70,8 @@ class Choice:
         self._num_decoded = 0
         self._num_told = 0
         self.num_tokens = 0
+        self.tells_end = False
+        """Whether an end-of-text token has its log probability told, though it has no text."""
         self.finish: FinishReason | None = None
         self.is_cut_short = False
         """A stop string was met before the pipeline knew of an end: the sequence must be cancelled."""
@@ -81,9 +83,9 @@ class Choice:
         self.num_tokens += 1
         is_end_of_text = event.finish is FinishReason.STOP and event.token in self._eos_token_ids
         new = ""
+        if self._has_logprobs and event.logprob is not None and (self.tells_end or not is_end_of_text):
+            self._waiting.append(self._entry(event, event.logprob))
         if not is_end_of_text:
-            if self._has_logprobs and event.logprob is not None:
-                self._waiting.append(self._entry(event, event.logprob))
             new = self._detokenizer.feed(event.token)
         if event.finish is not None:
             new += self._detokenizer.flush()

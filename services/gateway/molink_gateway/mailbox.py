@@ -7,13 +7,15 @@ that was overtaken. Before that end, `on_doubt` is called for sequences whose to
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from molink_common.identity import SequenceId
-from molink_common.messages import FinishReason, TokenEvent
+from molink_common.messages import FinishReason, PromptLogprobs, TokenEvent
 from molink_gateway.api_errors import ApiError
 from molink_gateway.inbox import Inbox
+from molink_gateway.prompt_logprobs import PromptInbox
 from molink_gateway.questions import HOLE_S, SILENCE_S, Questions
 
 
@@ -40,12 +42,14 @@ class Mailbox:
         sequences: Sequence[SequenceId],
         patience: Patience,
         on_doubt: Callable[[SequenceId], None] = _ignore,
+        prompts: Mapping[SequenceId, PromptInbox] = MappingProxyType({}),
     ) -> None:
         self._inboxes = {sequence: Inbox() for sequence in sequences}
         self._choice_of = {sequence: choice for choice, sequence in enumerate(sequences)}
         self._ended: set[SequenceId] = set()
         self._patience = patience
         self._on_doubt = on_doubt
+        self._prompts = prompts
         self._items: list[tuple[int, TokenEvent]] = []
         self._error: ApiError | None = None
         self._is_interrupted = False
@@ -82,6 +86,11 @@ class Mailbox:
         self._note_gap(event.sequence, has_gap=inbox.has_gap and event.sequence not in self._ended)
         if self._items:
             self._news.set()
+
+    def put_prompt(self, part: PromptLogprobs) -> None:
+        """Log probabilities of a prompt arrived, perhaps again. They come before the first token."""
+        if (inbox := self._prompts.get(part.sequence)) is not None:
+            inbox.put(part)
 
     def fill(self, sequence: SequenceId, generated: Sequence[int], finish: FinishReason | None) -> None:
         """All tokens of a sequence so far, as the scheduler has them: take those that are not here."""

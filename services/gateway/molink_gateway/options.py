@@ -74,10 +74,13 @@ def sampling_options(
         top_logprobs=request.likeliest,
         stop_token_ids=tuple(dict.fromkeys(request.stop_token_ids)),
         ignore_eos=bool(request.ignore_eos),
+        prompt_logprobs=request.likeliest_of_prompt,
     )
-    return [
-        first.model_copy(update={"seed": derived_seed(first.seed, choice)}) for choice in range(request.num_choices)
+    # one of them tells the prompt's log probabilities for all
+    others = [
+        {"seed": derived_seed(first.seed, choice), "prompt_logprobs": None} for choice in range(request.num_choices)
     ]
+    return [first, *(first.model_copy(update=changes) for changes in others[1:])]
 
 
 def _answer_length(
@@ -94,7 +97,7 @@ def _answer_length(
             param=field,
             code="context_length_exceeded",
         )
-    return asked
+    return max(asked, 1)  # a sequence has at least one token; the answer may leave it out
 
 
 def check_vocabulary(tokens: Sequence[int], vocabulary_size: int, field: str) -> None:

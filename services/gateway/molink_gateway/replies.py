@@ -10,6 +10,7 @@ import orjson
 
 from molink_common.messages import FinishReason
 from molink_gateway.choice import Delta, LogprobEntry
+from molink_gateway.prompt_logprobs import by_text
 from molink_gateway.tokenizer import TokenText
 
 Chunk = dict[str, Any]
@@ -226,6 +227,6 @@ def _completion_logprobs(entries: Sequence[LogprobEntry]) -> Chunk | None:
     return {
         "tokens": [entry.token.text for entry in entries],
         "token_logprobs": [entry.logprob for entry in entries],
-        "top_logprobs": [{token.text: logprob for token, logprob in entry.likeliest} for entry in entries],
+        "top_logprobs": [by_text((entry.token, entry.logprob), entry.likeliest) for entry in entries],
         "text_offset": [entry.offset for entry in entries],
     }

@@ -61,6 +61,8 @@ class GenerationFields(Fields):
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     ignore_eos: bool | None = None
     user: str | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    """vLLM's: tell the log probabilities of the prompt's tokens, with so many of the likeliest beside each."""
     return_token_ids: bool | None = None
     """vLLM's: tell the token ids of prompt and answer beside the text."""
 
@@ -88,6 +90,11 @@ class GenerationFields(Fields):
     def likeliest(self) -> int | None:
         """How many of the likeliest tokens are told at each place; None: no log probabilities."""
         return None
+
+    @property
+    def likeliest_of_prompt(self) -> int | None:
+        """The same for the prompt's places."""
+        return self.prompt_logprobs
 
 
 class ChatMessage(Fields):
@@ -146,6 +153,8 @@ class CompletionRequest(GenerationFields):
     """``POST /v1/completions``."""
 
     prompt: Prompts
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    """0, with `echo`: the prompt alone."""
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     best_of: int | None = None
@@ -154,6 +163,12 @@ class CompletionRequest(GenerationFields):
     def likeliest(self) -> int | None:
         """See `GenerationFields.likeliest`."""
         return self.logprobs
+
+    @property
+    def likeliest_of_prompt(self) -> int | None:
+        """See `GenerationFields.likeliest_of_prompt`; with `echo` the log probabilities are of prompt and answer."""
+        echoed = self.logprobs if self.echo else None
+        return max((one for one in (echoed, self.prompt_logprobs) if one is not None), default=None)
 
 
 _NOTHING: tuple[Any, ...] = (None, False, [], {}, "")
@@ -168,7 +183,6 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "modalities": (None, ["text"], []),
     "prediction": _NOTHING,
     "web_search_options": (None,),
-    "prompt_logprobs": (None,),
     "use_beam_search": _NOTHING,
     "structured_outputs": _NOTHING,
     "guided_json": _NOTHING,
@@ -208,8 +222,11 @@ def parse_completion(body: bytes) -> CompletionRequest:
     request = _validated(CompletionRequest, _object_in(body))
     if request.best_of is not None and request.best_of != request.num_choices:
         raise unsupported("`best_of` is not supported unless it equals `n`. Leave it out.", param="best_of")
-    if request.echo and request.logprobs is not None:
-        raise unsupported("`echo` together with `logprobs` is not supported. Leave one of them out.", param="echo")
+    if request.max_tokens == 0 and not request.echo:
+        raise bad_request(
+            "`max_tokens` must be at least 1 unless `echo` is true: there would be nothing to answer.",
+            param="max_tokens",
+        )
     return _checked(request)
 
 
@@ -221,6 +238,8 @@ def _checked(request: R) -> R:
         )
     if request.stream_options is not None and not request.stream:
         raise bad_request("`stream_options` needs `stream` to be true.", param="stream_options")
+    if request.stream and request.prompt_logprobs is not None:
+        raise bad_request("`prompt_logprobs` is not available when `stream` is true.", param="prompt_logprobs")
     return request
 
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from molink_common.identity import SequenceId
+from molink_common.identity import SequenceId, new_sequence_id
+from molink_common.logs import get_logger
+from molink_common.messages import FinishReason, SubmitSequence
+from molink_common.sampling import SamplingOptions
 from molink_gateway.access_log import RequestRecord
+from molink_gateway.api_errors import ApiError
 from molink_gateway.choice import Delta
 from molink_gateway.mailbox import Mailbox
 from molink_gateway.preparation import Prepared
 from molink_gateway.replies import Chunk, usage_of
-from molink_gateway.sequences import Sequences
+from molink_gateway.sequences import Sequences, Submission
 from molink_gateway.stream_place import Part, Place
+
+log = get_logger("gateway.run")
+
+_WAIT_S = 10.0
+"""For tokens at a time; the mailbox knows when to give up."""
 
 
 class Run:
@@ -22,6 +31,8 @@ class Run:
         self._record = record
         self._num_going_on = len(prepared.choices)
         self._num_tokens = 0
+        self._held: dict[int, Delta] = {}
+        """By choice: what comes behind a prompt whose log probabilities are not all here."""
 
     @property
     def is_going_on(self) -> bool:
@@ -49,8 +60,12 @@ class Run:
             if growing.finish is not None:
                 continue
             self._record.saw_token()
-            self._num_tokens += 1
-            delta = self._untold(growing.feed(event))
+            delta = growing.feed(event)
+            if self._prepared.drops_answer:
+                delta = Delta(finish=FinishReason.LENGTH)
+            else:
+                self._num_tokens += 1
+                delta = self._untold(delta)
             known = deltas.get(choice)
             deltas[choice] = delta if known is None else known.joined(delta)
             if growing.finish is not None:
@@ -58,7 +73,43 @@ class Run:
                 if growing.is_cut_short:
                     await self._cut(self._prepared.submission.ids[choice], growing.num_tokens)
         self._record.completion_tokens = self._num_tokens
-        return list(deltas.items())
+        if not self.is_going_on and any(not prompt.is_complete for prompt in self._prepared.prompts):
+            await self._have_prompts_told_again()
+        return self._behind_prompts(deltas)
+
+    def _behind_prompts(self, deltas: dict[int, Delta]) -> list[tuple[int, Delta]]:
+        """Of what has come, now and before, what may be told: a prompt's log probabilities go first."""
+        if not self._prepared.prompts:
+            return list(deltas.items())
+        for choice, delta in deltas.items():
+            held = self._held.get(choice)
+            self._held[choice] = delta if held is None else held.joined(delta)
+        ready = [choice for choice in self._held if self._prepared.prompts[choice].is_complete]
+        return [(choice, self._held.pop(choice)) for choice in ready]
+
+    async def _have_prompts_told_again(self) -> None:
+        """Some log probabilities of prompts were lost on their way here, and nobody keeps them: compute them again."""
+        lacking = [
+            (one, inbox)
+            for one in self._prepared.submission.sequences
+            if (inbox := self._prepared.submission.prompts.get(one.sequence)) is not None and not inbox.is_complete
+        ]
+        log.info("prompts are computed again for log probabilities that were lost", prompts=len(lacking))
+        again = {new_sequence_id(): pair for pair in lacking}
+        submission = Submission(
+            sequences=tuple(_telling_the_prompt(one, sequence) for sequence, (one, _) in again.items()),
+            prompts={sequence: inbox for sequence, (_, inbox) in again.items()},
+        )
+        async with self._sequences.open(submission) as mailbox:
+            while not all(map(mailbox.has_ended, mailbox.sequences)):
+                await mailbox.take(_WAIT_S)
+        if any(not inbox.is_complete for _, inbox in lacking):
+            raise ApiError(
+                503,
+                "Log probabilities of the prompt were lost on their way. Try again.",
+                code="stalled",
+                retry_after_s=1,
+            )
 
     async def _cut(self, sequence: SequenceId, num_tokens: int) -> None:
         is_kept = self._mailbox.outlives_client and self._mailbox.has_ended(sequence)
@@ -71,3 +122,9 @@ class Run:
         if told is None or self._num_tokens > told.num_tokens:
             return delta
         return Delta(finish=delta.finish if told.part is Part.TEXT else None)
+
+
+def _telling_the_prompt(one: SubmitSequence, sequence: SequenceId) -> SubmitSequence:
+    """The same prompt under another id, for its log probabilities alone."""
+    options = SamplingOptions(max_tokens=1, temperature=0.0, prompt_logprobs=one.options.prompt_logprobs)
+    return one.model_copy(update={"sequence": sequence, "options": options, "resume_state": None})

@@ -36,17 +36,23 @@ class ChunkScript:
     def __init__(self, prepared: Prepared, run: Run) -> None:
         self._prepared = prepared
         self._run = run
+        self._unopened = set(range(len(prepared.prompts)))
+        """Choices that begin with log probabilities of their prompts, which come with the first token."""
 
     def begin(self) -> bytes:
         """See `Script.begin`."""
         if self._prepared.told is not None:
             return b""
         reply = self._prepared.reply
-        return self._events([chunk for choice in range(len(self._prepared.choices)) for chunk in reply.opening(choice)])
+        choices = [choice for choice in range(len(self._prepared.choices)) if choice not in self._unopened]
+        return self._events([chunk for choice in choices for chunk in reply.opening(choice)])
 
     def grow(self, choice: int, delta: Delta) -> bytes:
         """See `Script.grow`."""
-        return self._events(self._prepared.reply.chunks(choice, delta))
+        reply = self._prepared.reply
+        opening = reply.opening(choice) if choice in self._unopened else []
+        self._unopened.discard(choice)
+        return self._events([*opening, *reply.chunks(choice, delta)])
 
     def end(self) -> bytes:
         """See `Script.end`: the usage, if it is wanted."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from molink_common import messages, subjects
 from molink_common.bus import Bus, Incoming
@@ -28,6 +28,7 @@ from molink_gateway.api_errors import ApiError
 from molink_gateway.epoch_fence import EpochFence
 from molink_gateway.mailbox import Mailbox, Patience
 from molink_gateway.mending import Mender
+from molink_gateway.prompt_logprobs import PromptInbox
 from molink_gateway.scheduler_link import ANSWER_TIMEOUT_S, Recovered, SchedulerLink
 
 log = get_logger("gateway.sequences")
@@ -47,6 +48,8 @@ class Submission:
     """The sequences of one request, in the order of its choices."""
 
     sequences: tuple[SubmitSequence, ...]
+    prompts: Mapping[SequenceId, PromptInbox] = field(default_factory=dict)
+    """Where log probabilities of prompts are collected."""
 
     @property
     def ids(self) -> tuple[SequenceId, ...]:
@@ -78,6 +81,10 @@ class Sequences:
     def num_open(self) -> int:
         """Sequences whose tokens are awaited."""
         return len(self._mailboxes)
+
+    def check(self, tenant: str) -> None:
+        """See `SchedulerLink.check`."""
+        self._scheduler.check(tenant)
 
     def hear_state(self, state: ClusterState) -> None:
         """The scheduler's word about the pipelines."""
@@ -131,6 +138,9 @@ class Sequences:
                 dropped=self._fence.num_dropped,
             )
             return
+        for part in step.prompt_logprobs:
+            if (of_prompt := self._mailboxes.get(part.sequence)) is not None:
+                of_prompt.put_prompt(part)
         for event in step.events:
             mailbox = self._mailboxes.get(event.sequence)  # most may be another gateway's
             if mailbox is not None:
@@ -178,7 +188,7 @@ class Sequences:
         Raises:
             ApiError: the scheduler refuses one of them or cannot be reached; none goes on then.
         """
-        mailbox = Mailbox(submission.ids, self._patience, self._doubt)
+        mailbox = Mailbox(submission.ids, self._patience, self._doubt, submission.prompts)
         self._mailboxes.update(dict.fromkeys(submission.ids, mailbox))
         if submission.can_be_mended:
             self._can_be_mended.update(submission.ids)

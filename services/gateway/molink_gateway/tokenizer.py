@@ -72,6 +72,10 @@ class Tokenizer:
         """Token ids. A rendered chat has its special tokens already."""
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
+    def spans(self, text: str, *, add_special_tokens: bool) -> list[tuple[int, int]]:
+        """Of each token, its first character in `text` and the one behind its last. Empty for what is not in it."""
+        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).offsets)
+
     def fewest_tokens(self, text: str) -> int:
         """A lower bound of the number of tokens, known without encoding: no token is longer than the longest."""
         return math.ceil(len(text) / self._longest_piece_bytes)
