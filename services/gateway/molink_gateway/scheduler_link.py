@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ from molink_common.messages import (
 )
 from molink_common.messages.codec import M
 from molink_gateway.api_errors import ApiError, bad_request, busy, invalid_key, unavailable
+from molink_gateway.recent_refusals import RecentRefusals
 
 log = get_logger("gateway.scheduler")
 
@@ -64,6 +66,15 @@ class SchedulerLink:
         self._bus = bus
         self._gateway = gateway
         self._unsent_cancels: dict[SequenceId, CancelSequence] = {}
+        self._refusals = RecentRefusals()
+
+    def check(self, tenant: str) -> None:
+        """To be called before anything is done for a request of this tenant.
+
+        Raises:
+            ApiError: the scheduler has said a moment ago that it takes none.
+        """
+        self._refusals.check(tenant, asyncio.get_running_loop().time())
 
     async def submit(self, sequence: SubmitSequence) -> None:
         """Hand a sequence over.
@@ -73,6 +84,7 @@ class SchedulerLink:
         """
         answer = await self._ask(subjects.SUBMIT, sequence, Admitted, Refused)
         if isinstance(answer, Refused):
+            self._refusals.remember(sequence.tenant, answer, asyncio.get_running_loop().time())
             raise error_of_refusal(answer)
 
     async def resume(self, sequence: SequenceId, *, tenant: str | None = None) -> Recovered | None:
