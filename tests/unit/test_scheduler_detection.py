@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from molink_scheduler.events import Tick, WorkerDisconnected, WorkerProbed
-from molink_scheduler.instructions import NoteLoss, ProbeWorker, TakeEpoch
+from molink_common.messages import LinkReport
+from molink_scheduler.events import EpochTaken, Tick, WorkerDisconnected, WorkerProbed
+from molink_scheduler.instructions import AssignStageTo, NoteLoss, ProbeWorker, TakeEpoch
 from tests.scheduler_builders import HALVES, Driver, beats_of, make_heartbeat, make_stage, running_driver
 
 W1, W2 = beats_of(1, "w1", "w2")
@@ -84,3 +85,17 @@ def test_a_pass_far_longer_than_any_before_is_a_hung_device() -> None:
     assert computing(29, 6) == []
     assert computing(10.1, 0.1) == [TakeEpoch(1)]
     assert "its device hangs" in noted(driver)[0].reason
+
+
+def test_a_stage_that_its_neighbour_s_frames_do_not_reach_is_lost_though_both_live() -> None:
+    driver = running_driver("w3")
+    head = make_stage(1, 0, HALVES[0], oldest_step_age_s=11)
+    cut = make_heartbeat("w1", stage=head.model_copy(update={"link": LinkReport(unacknowledged_s=11)}))
+    slow = make_heartbeat("w1", stage=head.model_copy(update={"link": LinkReport(unacknowledged_s=0.2)}))
+    driver.wait(11, beats=(slow, W2, W3))
+    assert noted(driver) == [], "steps take long, but they arrive"
+    assert TakeEpoch(1) in driver.wait(1, beats=(cut, W2, W3))
+    (loss,) = noted(driver)
+    assert (loss.worker, loss.reason) == ("w2", "frames of worker w1 have not reached it for 11 s")
+    done = driver.do(EpochTaken(2))
+    assert [one.worker for one in done if isinstance(one, AssignStageTo)] == ["w1", "w3"]

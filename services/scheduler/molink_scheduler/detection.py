@@ -3,6 +3,7 @@
     a closed connection (the broker tells) or a late heartbeat ─▶ ProbeWorker ─▶ nobody listens ─▶ lost, at once
     no heartbeat for `worker_silent_s`                                                          ─▶ lost
     a pass that computes far longer than any before it                                          ─▶ its stage is lost
+    a neighbour's frames are not acknowledged, and no step comes out                            ─▶ its stage is lost
 
 Silence counts only while this scheduler could hear: while NATS was up and time passed without a gap.
 """
@@ -10,6 +11,7 @@ Silence counts only while this scheduler could hear: while NATS was up and time 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 from molink_common.messages import StagePhase, StageReport
 from molink_scheduler.books import Books, Pipeline, Worker
@@ -33,6 +35,10 @@ UNREPORTED_S = 3.0
 """How long after a worker took its stage the heartbeats may not speak of it."""
 FAILED_BARRED_S = 30.0
 """How long a worker whose stage failed is left out."""
+LINK_LOST_S = 10.0
+"""A stage's frames are not acknowledged for so long, and no step comes out: they do not reach the next stage."""
+LINK_BARRED_S = 30.0
+"""How long a worker that a neighbour's frames do not reach is left out."""
 HUNG_BARRED_S = 60.0
 """How long a worker whose device hung is left out."""
 
@@ -84,17 +90,38 @@ def losses(books: Books, pipeline: Pipeline, now_s: float) -> dict[str, str]:
                 lost[stage.worker] = problem
         elif now_s >= pipeline.awaited_until_s:
             lost[stage.worker] = pipeline.gone.get(stage.worker, "it has not been heard of")
-    return lost
+    return lost or _unreached(books, pipeline, now_s)
 
 
 def is_stuck(books: Books, pipeline: Pipeline, now_s: float) -> bool:
     """Whether steps have been lost without anybody being lost."""
+    return _no_step_for(books, pipeline, STUCK_S, now_s)
+
+
+def _unreached(books: Books, pipeline: Pipeline, now_s: float) -> dict[str, str]:
+    """The first stage that the frames of the one before it do not reach, though both of them live."""
+    layout = pipeline.layout
+    assert layout is not None, "asked of a pipeline with a layer map"
+    if not pipeline.is_ready or not _no_step_for(books, pipeline, LINK_LOST_S, now_s):
+        return {}
+    for before, after in pairwise(layout.stages):
+        sender, receiver = books.workers.get(before.worker), books.workers.get(after.worker)
+        report = sender.report_of(layout) if sender is not None else None
+        link = report.link if report is not None else None
+        if receiver is not None and link is not None and link.unacknowledged_s > LINK_LOST_S:
+            problem = f"frames of worker {before.worker} have not reached it for {link.unacknowledged_s:.0f} s"
+            bar(receiver, problem, now_s + LINK_BARRED_S)
+            return {receiver.name: problem}
+    return {}
+
+
+def _no_step_for(books: Books, pipeline: Pipeline, seconds: float, now_s: float) -> bool:
     layout = pipeline.layout
     assert layout is not None, "asked of a pipeline with a layer map"
     head = books.workers.get(layout.head)
     report = head.report_of(layout) if head is not None else None
     oldest_s = report.head.oldest_step_age_s if report is not None and report.head is not None else 0.0
-    return oldest_s > STUCK_S and now_s - max(pipeline.stepped_s, books.deaf_until_s) > STUCK_S
+    return oldest_s > seconds and now_s - max(pipeline.stepped_s, books.deaf_until_s) > seconds
 
 
 def bar(worker: Worker, because: str, until_s: float) -> None:

@@ -88,6 +88,7 @@ class StageLink:
     def report(self) -> LinkReport:
         """For the heartbeat."""
         sender = self._sender.report()
+        since_s = sender.unacknowledged_since_s
         return LinkReport(
             codec=self._place.codec,
             exactness=EXACTNESS[CODECS[self._place.codec]],
@@ -96,6 +97,7 @@ class StageLink:
             window_bytes=sender.window_bytes,
             queued_bytes=sender.queued_bytes,
             sent_bytes=sender.sent_bytes,
+            unacknowledged_s=0.0 if since_s is None else max(self._loop.time() - since_s, 0.0),
         )
 
     async def _carry_out(self, send: Send) -> None:

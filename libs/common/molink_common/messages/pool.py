@@ -78,6 +78,8 @@ class LinkReport(BaseModel):
     queued_bytes: Count = 0
     """Of class bulk, waiting for the window."""
     sent_bytes: Count = 0
+    unacknowledged_s: Annotated[float, Field(ge=0)] = 0.0
+    """For how long nothing has been heard of the oldest frame that is not acknowledged."""
 
 
 class StageCostReport(BaseModel):

@@ -171,6 +171,9 @@ class LinkSender:
             under_way_bytes=self._counted_bytes(),
             queued_bytes=self._queued_bytes,
             sent_bytes=self._sent_bytes,
+            unacknowledged_since_s=min(
+                (one.oldest_s for one in self._under_way.values() if one.oldest_s is not None), default=None
+            ),
             written_off_bytes=self._written_off_bytes,
         )
 

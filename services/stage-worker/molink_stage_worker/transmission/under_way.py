@@ -54,6 +54,11 @@ class UnderWay:
             taken.append(self._settle())
         return taken
 
+    @property
+    def oldest_s(self) -> float | None:
+        """When the oldest of what is not acknowledged was sent, written off or not; None: there is nothing."""
+        return self._entries[0].sent_s if self._entries else None
+
     def write_off(self) -> int:
         """Count what is under way no longer. Its late acknowledgements are still understood."""
         gone = self.bytes

@@ -82,5 +82,7 @@ class SenderReport:
     queued_bytes: int
     """Waiting to be sent, of both classes."""
     sent_bytes: int
+    unacknowledged_since_s: float | None
+    """When the oldest message was sent of which nothing is known; None: all has arrived."""
     written_off_bytes: int
     """Taken as gone, because no acknowledgement came."""
