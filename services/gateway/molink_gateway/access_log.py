@@ -46,6 +46,7 @@ class RequestRecord:
     def fields(self) -> dict[str, Any]:
         """For the log line."""
         known = {
+            "key": self.tenant or None,
             "model": self.model,
             "prompt_tokens": self.prompt_tokens,
             "tokens": self.completion_tokens,

@@ -13,8 +13,10 @@ from starlette.exceptions import HTTPException
 from molink_common import PROTOCOL_VERSION, __version__, messages
 from molink_common.telemetry import Telemetry
 from molink_gateway.api_errors import ApiError, bad_request, unavailable, unknown_model
+from molink_gateway.auth import Doorkeeper
 from molink_gateway.cluster import Cluster, ServedModel
 from molink_gateway.exchange import Door, Exchange, Limits
+from molink_gateway.key_table import KeyTable
 from molink_gateway.opening import Open, Openings
 from molink_gateway.sequences import Sequences
 from molink_gateway.settings import GatewaySettings
@@ -28,6 +30,8 @@ class Parts:
     settings: GatewaySettings
     gateway: str
     cluster: Cluster
+    doorkeeper: Doorkeeper
+    keys: KeyTable
     sequences: Sequences
     telemetry: Telemetry
     door: Door

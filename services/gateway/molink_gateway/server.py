@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import uvicorn
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from molink_common.bus import open_bus
 from molink_common.errors import MolinkError
 from molink_common.identity import new_peer_id
 from molink_common.logs import get_logger
+from molink_common.messages import ClusterState
 from molink_common.telemetry import open_telemetry
 from molink_gateway.access_log import AccessLog
 from molink_gateway.api_errors import unavailable
 from molink_gateway.app import Parts, make_app
+from molink_gateway.auth import Doorkeeper, KeyGuard
 from molink_gateway.cluster import Cluster
 from molink_gateway.exchange import Door
+from molink_gateway.key_table import KeyTable
 from molink_gateway.mailbox import Patience
 from molink_gateway.sequences import Sequences
 from molink_gateway.settings import GatewaySettings
@@ -29,6 +35,8 @@ KEEP_ALIVE_S = 65
 """Longer than the minute after which proxies and clients give an idle connection up by themselves."""
 
 
+_TOLD_TO_PAGES = ("x-request-id", "x-molink-stream", "retry-after")
+"""Headers that a web page of another origin may read."""
 _STOPPING = (
     "The gateway is stopping. Send the request again, or, if its answer had the header `X-MoLink-Stream`, take the "
     "stream up with `Last-Event-ID`."
@@ -79,10 +87,19 @@ async def serve(settings: GatewaySettings, stop: asyncio.Event, opened: socket.s
                 )
                 sequences = Sequences(bus, gateway=gateway, patience=patience)
                 missed.ask = sequences.may_have_missed
+                doorkeeper = Doorkeeper(settings.require_keys, is_loopback=_is_loopback(opened))
+                keys = KeyTable(bus, doorkeeper.hear)
+
+                def hear_state(state: ClusterState) -> None:
+                    keys.hear_state(state)
+                    sequences.hear_state(state)
+
                 parts = Parts(
                     settings=settings,
                     gateway=gateway,
-                    cluster=Cluster(bus, sequences.hear_state),
+                    cluster=Cluster(bus, hear_state),
+                    doorkeeper=doorkeeper,
+                    keys=keys,
                     sequences=sequences,
                     telemetry=telemetry,
                     door=Door(settings.max_streams),
@@ -104,11 +121,30 @@ async def _errors_alone() -> AsyncIterator[None]:
         raise ours.exceptions[0] from errors
 
 
+def _is_loopback(opened: socket.socket) -> bool:
+    """Whether only this machine can reach it."""
+    return ipaddress.ip_address(str(opened.getsockname()[0]).partition("%")[0]).is_loopback
+
+
+def _layers(parts: Parts) -> ASGIApp:
+    """The routes behind what every request passes: the log, a browser's questions, the keys."""
+    app: ASGIApp = KeyGuard(make_app(parts), parts.doorkeeper)
+    if parts.settings.cors_origins:
+        app = CORSMiddleware(
+            app,
+            allow_origins=parts.settings.cors_origins,
+            allow_methods=("GET", "POST", "DELETE"),
+            allow_headers=("*",),
+            expose_headers=_TOLD_TO_PAGES,
+        )
+    return AccessLog(app)
+
+
 async def _run(parts: Parts, opened: socket.socket, port: int, stop: asyncio.Event) -> None:
     settings = parts.settings
     server = _Server(
         uvicorn.Config(
-            AccessLog(make_app(parts)),
+            _layers(parts),
             log_config=None,
             access_log=False,
             lifespan="off",
@@ -120,10 +156,19 @@ async def _run(parts: Parts, opened: socket.socket, port: int, stop: asyncio.Eve
         )
     )
     async with _errors_alone(), asyncio.TaskGroup() as group:
-        background = [group.create_task(parts.sequences.serve()), group.create_task(parts.cluster.follow())]
+        background = [
+            group.create_task(parts.sequences.serve()),
+            group.create_task(parts.cluster.follow()),
+            group.create_task(parts.keys.follow()),
+        ]
         await parts.sequences.is_listening.wait()
         serving = group.create_task(server.serve(sockets=[opened]))
-        log.info("gateway listens", url=f"http://{settings.host}:{port}", gateway=parts.gateway)
+        log.info(
+            "gateway listens",
+            url=f"http://{settings.host}:{port}",
+            gateway=parts.gateway,
+            who_may_ask=parts.doorkeeper.rule,
+        )
         stopping = group.create_task(stop.wait())
         await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
         server.should_exit = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -15,6 +15,17 @@ class GatewaySettings(ServiceSettings):
 
     host: Annotated[str, Field(description="address to listen on; 0.0.0.0 is all")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="port to listen on; 0 takes a free one")] = 8000
+    require_keys: Annotated[
+        Literal["auto", "always", "once-added"],
+        Field(
+            description="who needs an API key. always: everybody; once-added: everybody, once there is a key; auto: "
+            "like once-added where the gateway listens on this machine alone, else like always"
+        ),
+    ] = "auto"
+    cors_origins: Annotated[
+        tuple[Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s]+)$")], ...],
+        Field(description="web pages that may ask from a browser: https://one.example,https://two.example or *"),
+    ] = ()
     gateway_id: Annotated[PeerId | None, Field(description="name of this gateway in the pool; none: made up")] = None
     max_body_bytes: Annotated[int, Field(ge=1024, description="largest request body")] = 8 * 1024 * 1024
     max_streams: Annotated[int, Field(ge=1, description="most requests open at a time; more get 429")] = 1024

@@ -34,6 +34,7 @@ from molink_common.messages.codec import (
 from molink_common.messages.kept import AskResponse, DropResponse, KeepResponse, KeptResponse
 from molink_common.messages.keys import (
     MAX_KEYS,
+    SECRET_PREFIX,
     AddKey,
     ApiKey,
     AskKeys,
@@ -75,6 +76,7 @@ from molink_common.messages.steps import (
 
 __all__ = [
     "MAX_KEYS",
+    "SECRET_PREFIX",
     "AddKey",
     "Admitted",
     "ApiKey",
