@@ -21,7 +21,7 @@ log = get_logger("gateway.auth")
 
 RequireKeys = Literal["auto", "always", "once-added"]
 OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/openapi.json"})
-"""What tells nothing of the pool's use, and is asked by those who have no key. All else needs one, /molink/status too."""
+"""What tells nothing of the pool's use. All else needs a key, /molink/status too."""
 ANONYMOUS = ""
 """The tenant of requests without a key."""
 

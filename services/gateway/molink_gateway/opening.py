@@ -89,7 +89,7 @@ class Openings:
         # who cannot go on with a stream must not take it from a gateway that can
         model = self._cluster.require_any_model()
         asked.record.model = model.card.name
-        async with self._sequences.take_up(sequence) as (recovered, mailbox):
+        async with self._sequences.take_up(sequence, tenant=asked.record.tenant) as (recovered, mailbox):
             yield prepare_resumed(recovered, told, model), mailbox
 
     async def prepare_chat(self, asked: Asked) -> Prepared:

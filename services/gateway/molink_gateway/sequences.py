@@ -206,8 +206,8 @@ class Sequences:
             await self._close(mailbox)
 
     @contextlib.asynccontextmanager
-    async def take_up(self, sequence: SequenceId) -> AsyncIterator[tuple[Recovered, Mailbox]]:
-        """Go on with a stream that another connection served, here or at another gateway; that one ends.
+    async def take_up(self, sequence: SequenceId, *, tenant: str) -> AsyncIterator[tuple[Recovered, Mailbox]]:
+        """Go on with a stream of `tenant` that another connection served, here or at another gateway; that one ends.
 
         Raises:
             ApiError: 404, there is no such stream; 503, the scheduler cannot be reached.
@@ -218,7 +218,7 @@ class Sequences:
         before = self._mailboxes.get(sequence)
         self._mailboxes[sequence] = mailbox
         try:
-            recovered = await self._scheduler.resume(sequence)
+            recovered = await self._scheduler.resume(sequence, tenant=tenant)
         except BaseException:
             self._forget(mailbox, instead=before)
             raise
