@@ -148,7 +148,7 @@ async def _until_gateway(system: ChaosSystem) -> None:
     """
     deadline_s = time.monotonic() + _PIPELINE_WITHIN_S
     async with httpx.AsyncClient(trust_env=False) as client:
-        while (await client.get(f"http://127.0.0.1:{system.gateway_ports[0]}/health")).status_code != httpx.codes.OK:
+        while (await client.get(f"http://127.0.0.1:{system.gateway_ports[0]}/ready")).status_code != httpx.codes.OK:
             if time.monotonic() > deadline_s:
                 raise DidNotRun("the gateway does not become ready")
             await asyncio.sleep(_LOOK_AGAIN_S)  # nobody tells of this

@@ -75,7 +75,7 @@ async def _until_ready(process: asyncio.subprocess.Process, port: int, log: Path
     async with httpx.AsyncClient(timeout=5) as client:
         while True:
             with contextlib.suppress(httpx.HTTPError):
-                if (await client.get(f"http://127.0.0.1:{port}/health")).status_code == 200:
+                if (await client.get(f"http://127.0.0.1:{port}/ready")).status_code == 200:
                     return
             if process.returncode is not None or loop.time() > deadline:
                 raise RuntimeError("the system did not become ready:\n" + _last_lines(log))

@@ -77,12 +77,12 @@ class Check:
 
     def alive_before_ready(self) -> str:
         """Liveness is not readiness: the server answers while no pipeline does."""
-        status = until("an HTTP answer", self._health_status, 60)
-        return f"/health gives {status}"
+        status = until("an HTTP answer", self._ready_status, 60)
+        return f"/ready gives {status}"
 
     def ready(self) -> str:
         """The gateway says that a pipeline can answer."""
-        until("/health 200", lambda: "200" if self._health_status() == "200" else None, READY_TIMEOUT_S)
+        until("/ready 200", lambda: "200" if self._ready_status() == "200" else None, READY_TIMEOUT_S)
         return self._pipelines()
 
     def answer_whole(self) -> str:
@@ -201,9 +201,9 @@ class Check:
     def _jaeger_scale(self) -> list[str]:
         return ["--scale", "jaeger=0"] if self.options.no_jaeger else []
 
-    def _health_status(self) -> str | None:
+    def _ready_status(self) -> str | None:
         try:
-            with urlopen(self.gateway + "/health", timeout=5) as answer:  # noqa: S310  http on this machine
+            with urlopen(self.gateway + "/ready", timeout=5) as answer:  # noqa: S310  http on this machine
                 return str(answer.status)
         except HTTPError as error:
             return str(error.code)

@@ -115,7 +115,7 @@ class ChaosSystem:
         async with httpx.AsyncClient(timeout=_ASK_TIMEOUT_S, trust_env=False) as client:
             for name, port in zip(self.plan.gateway_names, self.gateway_ports, strict=True):
                 try:
-                    answer = await client.get(f"http://127.0.0.1:{port}/health")
+                    answer = await client.get(f"http://127.0.0.1:{port}/ready")
                 except httpx.HTTPError:
                     return f"{name} does not answer"
                 if answer.status_code != httpx.codes.OK:

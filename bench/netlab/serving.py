@@ -143,7 +143,7 @@ class ServingSystem:
         async with httpx.AsyncClient(timeout=5) as client:
             while True:
                 try:
-                    answer = await client.get(f"{self.url}/health")
+                    answer = await client.get(f"{self.url}/ready")
                     if answer.status_code == httpx.codes.OK:
                         return
                     reason = answer.text

@@ -78,7 +78,7 @@ def test_an_unknown_model_is_refused(client: openai.OpenAI) -> None:
 
 
 def test_health(running_system: RunningSystem) -> None:
-    assert httpx.get(f"{running_system.url}/health", timeout=10).status_code == 200
+    assert httpx.get(f"{running_system.url}/ready", timeout=10).status_code == 200
 
 
 def test_status_shows_two_stages(running_system: RunningSystem) -> None:
@@ -143,8 +143,8 @@ def test_a_worker_that_is_killed_comes_back(tmp_path: Path) -> None:
         client = openai.OpenAI(base_url=f"{system.url}/v1", api_key="none", max_retries=0, timeout=90)
         os.kill(worker_of(system).pid, signal.SIGKILL)
         system.wait_until_printed("was killed by signal 9; starting it again", 10)
-        system.wait_until(lambda: httpx.get(f"{system.url}/health", timeout=10).status_code == 503, 30)
-        system.wait_until(lambda: httpx.get(f"{system.url}/health", timeout=10).status_code == 200, 60)
+        system.wait_until(lambda: httpx.get(f"{system.url}/ready", timeout=10).status_code == 503, 30)
+        system.wait_until(lambda: httpx.get(f"{system.url}/ready", timeout=10).status_code == 200, 60)
         answer = client.chat.completions.create(
             model="demo", messages=[{"role": "user", "content": QUESTION}], temperature=0, max_tokens=24
         )

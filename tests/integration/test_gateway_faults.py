@@ -169,7 +169,7 @@ async def test_a_client_that_hangs_up_while_the_scheduler_decides(pool: FakePool
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
         for _ in range(5):  # time for the gateway to notice, and to say too early that it cancels
-            await client.get("/health")
+            await client.get("/ready")
             await pool.bus.flush()
         pool.may_admit.set()
         sequence = (await submitted(pool)).sequence
@@ -190,7 +190,7 @@ async def test_more_requests_than_there_is_room_for(pool: FakePool, nats_server:
 
 async def test_without_a_scheduler(nats_server: EmbeddedServer) -> None:
     async with running_gateway(nats_server) as client:
-        response = await client.get("/health")
+        response = await client.get("/ready")
         assert response.status_code == 503
         assert "scheduler" in response.json()["reason"]
         assert (await client.get("/v1/models")).json() == {"object": "list", "data": []}
@@ -218,7 +218,7 @@ async def test_health_and_status_follow_the_scheduler(pool: FakePool, nats_serve
         assert status["card"]["name"] == "Small-Test"
         await pool.say_state(pool.state(ready=False, reason="worker w1 is loading"))
         async with asyncio.timeout(5):
-            while (response := await client.get("/health")).status_code == 200:
+            while (response := await client.get("/ready")).status_code == 200:
                 await pool.bus.flush()
         assert response.json()["reason"] == "worker w1 is loading"
         assert (await client.get("/version")).json()["protocol"] == 1
@@ -228,7 +228,7 @@ async def test_files_with_the_wrong_checksum_are_not_taken(pool: FakePool, nats_
     pool.damage_files = True
     async with running_gateway(nats_server) as client:
         async with asyncio.timeout(5):
-            while "checksum" not in (await client.get("/health")).json()["reason"]:
+            while "checksum" not in (await client.get("/ready")).json()["reason"]:
                 await pool.bus.flush()
         pool.damage_files = False
         await pool.say_state(pool.state())
@@ -326,7 +326,7 @@ async def test_a_broker_that_restarts(tmp_path: Path, tmp_path_factory: pytest.T
         ):
             server.stop()
             async with asyncio.timeout(10):
-                while (response := await client.get("/health")).status_code == 200:
+                while (response := await client.get("/ready")).status_code == 200:
                     pass
             assert "NATS" in response.json()["reason"]
             assert (await client.post(CHAT, json=BODY)).status_code == 503

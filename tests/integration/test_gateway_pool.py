@@ -322,7 +322,7 @@ async def until_healthy(client: httpx.AsyncClient) -> None:
     async with asyncio.timeout(20):
         while True:
             with contextlib.suppress(httpx.TransportError):
-                if (await client.get("/health")).status_code == 200:
+                if (await client.get("/ready")).status_code == 200:
                     return
             await asyncio.sleep(0.02)
 
@@ -337,4 +337,4 @@ async def ready_gateway(server: EmbeddedServer, **settings: Any) -> AsyncIterato
 async def test_the_gateway_becomes_healthy_and_lives(bus: NatsBus, nats_server: EmbeddedServer, tmp_path: Path) -> None:
     async with fake_pool(bus, tmp_path) as pool, ready_gateway(nats_server, gateway_id="g1") as client:
         assert await asyncio.wait_for(pool.alive.get(), 5) == "g1"
-        assert (await client.get("/health")).json() == {"status": "ok", "reason": "ready"}
+        assert (await client.get("/ready")).json() == {"status": "ok", "reason": "ready"}

@@ -223,7 +223,7 @@ async def _until_gateway_answers(options: UpOptions, console: Console) -> None:
         async with asyncio.timeout(_GATEWAY_TIMEOUT_S), httpx.AsyncClient(timeout=5) as client:
             while True:
                 try:
-                    answer = await client.get(f"{options.url}/health")
+                    answer = await client.get(f"{options.url}/ready")
                     if answer.status_code == httpx.codes.OK:
                         _say_part(console, "gateway", options.url)
                         return

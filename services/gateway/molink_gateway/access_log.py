@@ -17,7 +17,7 @@ from molink_gateway.api_errors import ApiError
 log = get_logger("gateway.access")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}\Z")
-_QUIET_PATHS = frozenset({"/health", "/molink/status", "/version"})
+_QUIET_PATHS = frozenset({"/health", "/ready", "/molink/status", "/version"})
 CLIENT_GONE = 499
 """The status in the log of a client that hung up (nginx's number; it is never sent)."""
 

@@ -16,11 +16,17 @@ from molink_gateway.api_errors import ApiError, bad_request, unavailable, unknow
 from molink_gateway.auth import Doorkeeper
 from molink_gateway.cluster import Cluster, ServedModel
 from molink_gateway.exchange import Door, Exchange, Limits
+from molink_gateway.kept_responses import KeptResponses
 from molink_gateway.key_table import KeyTable
 from molink_gateway.opening import Open, Openings
+from molink_gateway.responses_opening import ResponseOpenings
+from molink_gateway.responses_routes import add_kept_responses
 from molink_gateway.sequences import Sequences
 from molink_gateway.settings import GatewaySettings
 from molink_gateway.stream_place import check_stream_id
+from molink_gateway.token_routes import add_tokens
+
+_GET_OR_HEAD = ["GET", "HEAD"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +38,7 @@ class Parts:
     cluster: Cluster
     doorkeeper: Doorkeeper
     keys: KeyTable
+    kept: KeptResponses
     sequences: Sequences
     telemetry: Telemetry
     door: Door
@@ -107,10 +114,19 @@ def _add_generation(app: FastAPI, parts: Parts) -> None:
     async def completions() -> Response:
         return exchange(openings.completion)
 
+    responses = ResponseOpenings(openings, parts.kept)
+
+    @app.post("/v1/responses")
+    async def new_response() -> Response:
+        return exchange(responses.response)
+
     @app.get("/v1/streams/{sequence}")
     async def stream(sequence: str) -> Response:
         stream_id = check_stream_id(sequence)
         return exchange(lambda asked: openings.stream(asked, stream_id))
+
+    add_kept_responses(app, parts.kept)
+    add_tokens(app, parts.cluster, openings, limits)
 
 
 def _add_models(app: FastAPI, parts: Parts) -> None:
@@ -124,13 +140,13 @@ def _add_models(app: FastAPI, parts: Parts) -> None:
             "max_model_len": model.card.context_length,
         }
 
-    @app.get("/v1/models")
+    @app.api_route("/v1/models", methods=_GET_OR_HEAD)
     async def models() -> Response:
         model = parts.cluster.model
         data = [] if model is None else [described(model, name) for name in model.names]
         return _json({"object": "list", "data": data})
 
-    @app.get("/v1/models/{name:path}")
+    @app.api_route("/v1/models/{name:path}", methods=_GET_OR_HEAD)
     async def one_model(name: str) -> Response:
         model = parts.cluster.model
         if model is None or name not in model.names:
@@ -139,8 +155,13 @@ def _add_models(app: FastAPI, parts: Parts) -> None:
 
 
 def _add_health(app: FastAPI, parts: Parts) -> None:
-    @app.get("/health")
+    @app.api_route("/health", methods=_GET_OR_HEAD)
     async def health() -> Response:
+        problem = parts.cluster.problem()
+        return _json({"status": "ok", "ready": problem is None, "reason": problem or "ready"})
+
+    @app.api_route("/ready", methods=_GET_OR_HEAD)
+    async def ready() -> Response:
         problem = parts.cluster.problem()
         if problem is not None:
             return _json({"status": "unavailable", "reason": problem}, 503, {"retry-after": "2"})
@@ -153,6 +174,6 @@ def _add_health(app: FastAPI, parts: Parts) -> None:
             raise unavailable("No scheduler has been heard yet.", code="no_scheduler")
         return Response(messages.encode(state), media_type="application/json")
 
-    @app.get("/version")
+    @app.api_route("/version", methods=_GET_OR_HEAD)
     async def version() -> Response:
         return _json({"version": __version__, "protocol": PROTOCOL_VERSION})

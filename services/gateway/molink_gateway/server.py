@@ -24,6 +24,7 @@ from molink_gateway.app import Parts, make_app
 from molink_gateway.auth import Doorkeeper, KeyGuard
 from molink_gateway.cluster import Cluster
 from molink_gateway.exchange import Door
+from molink_gateway.kept_responses import KeptResponses
 from molink_gateway.key_table import KeyTable
 from molink_gateway.mailbox import Patience
 from molink_gateway.sequences import Sequences
@@ -100,6 +101,7 @@ async def serve(settings: GatewaySettings, stop: asyncio.Event, opened: socket.s
                     cluster=Cluster(bus, hear_state),
                     doorkeeper=doorkeeper,
                     keys=keys,
+                    kept=KeptResponses(bus),
                     sequences=sequences,
                     telemetry=telemetry,
                     door=Door(settings.max_streams),
