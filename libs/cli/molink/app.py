@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from molink import broker, certify, chat, down, run_service, status, up
+from molink import broker, certify, chat, down, keys, run_service, status, up
 from molink_common import __version__
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app.command(name="up")(up.up)
 app.command(name="down")(down.down)
 app.command(name="status")(status.status)
 app.command(name="chat")(chat.chat)
+app.add_typer(keys.app, name="keys")
 app.command(name="certify")(certify.certify)
 run_service.register(app)
 app.command(name="broker")(broker.broker)

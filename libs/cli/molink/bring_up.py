@@ -22,11 +22,12 @@ from molink.folders import locks_folder, new_run_folder
 from molink.leash import Leash
 from molink.lock import Holder, hold
 from molink.memory import share_for_each, show_size, weight_bytes, what_is_lacking
+from molink.openai_stream import ApiError
 from molink.parts import Kind, Part
 from molink.plan import UpOptions, service_parts, worker_names
 from molink.prepare import Device, prepare
 from molink.readiness import hopeless, news, still_missing
-from molink.sample import QUESTION, ask_sample
+from molink.sample import NEEDS_KEY, QUESTION, ask_sample
 from molink.supervisor import Supervisor, supervise
 from molink_common import __version__, messages, subjects
 from molink_common.bus import Bus, BusSettings, Incoming, open_bus
@@ -88,7 +89,7 @@ async def bring_up(options: UpOptions, console: Console, progress: Progress) -> 
             supervisor.settle()
             can_chat = await _show_sample(options, card, console) if options.sample else True
             if not options.exit_after_ready:
-                _show_use(options, card, console, can_chat=can_chat)
+                _show_use(options, card, nats_url, console, can_chat=can_chat)
                 await asyncio.Event().wait()
     return 0
 
@@ -238,12 +239,18 @@ async def _until_gateway_answers(options: UpOptions, console: Console) -> None:
 async def _show_sample(options: UpOptions, card: ModelCard, console: Console) -> bool:
     """Ask the first question; gives whether the model can chat."""
     console.print(f"\n> {QUESTION}", markup=False)
-    answer = await ask_sample(options.url, card.name, lambda piece: console.print(piece, end="", markup=False))
+    try:
+        answer = await ask_sample(options.url, card.name, lambda piece: console.print(piece, end="", markup=False))
+    except ApiError as error:
+        if error.code != NEEDS_KEY:
+            raise
+        console.print("  not asked: the gateway wants an API key", markup=False)
+        return True
     console.print(f"\n  first token after {answer.first_piece_s:.2f} s, then {answer.pieces_per_s:.0f} tokens a second")
     return answer.is_chat
 
 
-def _show_use(options: UpOptions, card: ModelCard, console: Console, *, can_chat: bool) -> None:
+def _show_use(options: UpOptions, card: ModelCard, nats_url: str, console: Console, *, can_chat: bool) -> None:
     name = next(iter(card.aliases), card.name)
     path, field, value = "completions", "prompt", '"Once upon a time"'
     if can_chat:
@@ -258,6 +265,8 @@ def _show_use(options: UpOptions, card: ModelCard, console: Console, *, can_chat
     ]
     if can_chat:
         lines.append(f"  molink chat --url {options.url}/v1")
+    who = "it is open to this machine until there is a key" if options.is_loopback else "nobody may ask without one"
+    lines.append(f"  molink keys add NAME --nats-url {nats_url.rpartition('@')[2]}   (API keys: {who})")
     console.print("\n".join(lines), markup=False)
 
 

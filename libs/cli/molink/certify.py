@@ -68,7 +68,9 @@ def certify(
     concurrency: Annotated[int, typer.Option(min=1, max=64, help="Requests at once in the second round.")] = 16,
     device: Annotated[str, typer.Option(help="Where the whole model runs.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="End with one JSON object.")] = False,
-    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Key for the gateway.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar=["MOLINK_API_KEY", "OPENAI_API_KEY"], help="Key for the gateway.")
+    ] = None,
 ) -> None:
     """Compare the running pipeline with the whole model on this machine. Exit code 0 only if identical."""
     state = ClusterState.model_validate_json(fetch(gateway, api_key))

@@ -50,7 +50,9 @@ def chat(
     url: Annotated[str, typer.Option(help="Base URL of the endpoint.")] = "http://127.0.0.1:8000/v1",
     model: Annotated[str | None, typer.Option(help="Model to ask. Default: the first that the endpoint lists.")] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Key for the endpoint.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar=["MOLINK_API_KEY", "OPENAI_API_KEY"], help="Key for the endpoint.")
+    ] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Nucleus sampling.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longest answer.")] = None,

@@ -14,6 +14,8 @@ QUESTION = "What is the capital of France?"
 OPENING = "The capital of France is"
 NO_CHAT_TEMPLATE = "no_chat_template"
 """The gateway's error code for a model that cannot chat."""
+NEEDS_KEY = "invalid_api_key"
+"""The gateway's error code for a request without an API key."""
 _MAX_TOKENS = 32
 _SILENCE_TIMEOUT_S = 120.0
 

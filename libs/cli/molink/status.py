@@ -30,7 +30,9 @@ _TIMEOUT_S = 5.0
 def status(
     gateway: Annotated[str, typer.Option(help="Address of a gateway.")] = "http://127.0.0.1:8000",
     as_json: Annotated[bool, typer.Option("--json", help="Print the state as one JSON object.")] = False,
-    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Key for the gateway.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar=["MOLINK_API_KEY", "OPENAI_API_KEY"], help="Key for the gateway.")
+    ] = None,
 ) -> None:
     """Show workers and why they have their role, the layer map, KV use and running sequences."""
     content = fetch(gateway, api_key)
