@@ -2,9 +2,10 @@
 
 A virtual token counter for each tenant ("Fairness in Serving Large Language Models", Sheng et al., OSDI 2024): every
 token that is computed for a tenant is added to what it has been served, and the tenant that was served least goes
-first. Who comes back after a while with nothing to do is lifted to the least of those who are here, so that nobody
-saves up service for later. Between two tenants that both have work waiting, what they were served then drifts apart
-by no more than the largest request and what is under way.
+first. Who comes back after a while with nothing to do is lifted to nearly the least of those who are here, so that
+nobody saves up service for later, but for `CREDIT`: enough that who asks now and then has its prompt computed before
+the next one of who asks all the time. Between two tenants that both have work waiting, what they were served then
+drifts apart by no more than that, the largest request and what is under way.
 
 Within a tenant the smaller priority goes first, then who came first. Without keys all requests are of one tenant.
 """
@@ -20,6 +21,8 @@ from molink_stage_worker.batch_sequence import Sequence
 PROMPT_TOKEN = 1
 OUTPUT_TOKEN = 2
 """What a token counts. A token of an answer takes a pass of its own, and holds its place until the next one."""
+CREDIT = 2048
+"""By so many tokens a tenant that comes may have been served less than anybody here."""
 MOST_REMEMBERED = 1024
 """Tenants without a sequence that were served more than others: they are not forgiven by going away."""
 
@@ -51,7 +54,7 @@ class Shares:
     def enter(self, tenant: str) -> None:
         """A sequence of this tenant has come."""
         if tenant not in self._present:
-            self._served[tenant] = max(self.served(tenant), self._least())
+            self._served[tenant] = max(self.served(tenant), self._least() - CREDIT)
         self._present[tenant] += 1
 
     def leave(self, tenant: str) -> None:
@@ -97,7 +100,7 @@ class Shares:
         absent = [tenant for tenant in self._served if tenant not in self._present]
         absent.sort(key=self.served)
         for index, tenant in enumerate(absent):
-            if self.served(tenant) <= least or index < len(absent) - MOST_REMEMBERED:
+            if self.served(tenant) <= least - CREDIT or index < len(absent) - MOST_REMEMBERED:
                 del self._served[tenant]
 
 
