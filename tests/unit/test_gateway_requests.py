@@ -139,15 +139,13 @@ def test_a_wrong_field_is_named_and_put_right(fields: dict[str, Any], param: str
 @pytest.mark.parametrize(
     "fields",
     [
-        {"tools": [{"type": "function"}]},
-        {"tool_choice": "required"},
         {"functions": [{}]},
-        {"response_format": {"type": "json_object"}},
+        {"function_call": {"name": "f"}},
+        {"tools": [{"type": "web_search", "function": {"name": "f"}}]},
+        {"chat_template": "{{ messages }}"},
         {"audio": {"voice": "alloy"}},
         {"modalities": ["text", "audio"]},
-        {"guided_json": {"type": "object"}},
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
-        {"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]},
     ],
 )
 def test_what_would_change_the_answer_is_refused(fields: dict[str, Any]) -> None:

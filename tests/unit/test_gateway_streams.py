@@ -8,7 +8,9 @@ from hypothesis import strategies as some
 
 from molink_common.errors import ProtocolError
 from molink_common.messages import Dtype, PipelineState
+from molink_gateway.answer_style import AnswerStyle, ExpectedCalls
 from molink_gateway.api_errors import ApiError
+from molink_gateway.call_formats import CallFormat
 from molink_gateway.epoch_fence import EpochFence
 from molink_gateway.questions import Questions
 from molink_gateway.resume_state import ResumeState, StreamKind, decode_resume_state
@@ -16,7 +18,15 @@ from molink_gateway.stream_place import Part, Place, check_stream_id, parse_plac
 
 STREAM = "0123456789abcdef"
 STATE = ResumeState(
-    kind=StreamKind.CHAT, id="chatcmpl-1", created=5, model="demo", fingerprint="fp_1", stop=("a", "ß"), has_usage=True
+    kind=StreamKind.CHAT,
+    id="chatcmpl-1",
+    created=5,
+    model="demo",
+    fingerprint="fp_1",
+    style=AnswerStyle(
+        stop=("a", "ß"), calls=ExpectedCalls(form=CallFormat.HERMES, functions=("f", "g"), is_parallel=False)
+    ),
+    has_usage=True,
 )
 
 

@@ -27,6 +27,8 @@ class Markers:
     """Begins calls anywhere in the text. None: only the beginning of the answer does."""
     closes: str | None = None
     """Stands behind each call."""
+    tokens: tuple[str, ...] = ()
+    """What may be special tokens in a model's vocabulary, which are text here all the same."""
     begins_answer: bool = False
     """The answer may begin with a call, without a marker."""
     is_list: bool = False
@@ -36,9 +38,14 @@ class Markers:
 
 
 MARKERS = {
-    CallFormat.HERMES: Markers(opens="<tool_call>", closes="</tool_call>"),
-    CallFormat.LLAMA: Markers(opens="<|python_tag|>", begins_answer=True, is_list=True),
-    CallFormat.MISTRAL: Markers(opens="[TOOL_CALLS]", is_list=True, has_names_outside=True),
+    CallFormat.HERMES: Markers(opens="<tool_call>", closes="</tool_call>", tokens=("<tool_call>", "</tool_call>")),
+    CallFormat.LLAMA: Markers(opens="<|python_tag|>", begins_answer=True, is_list=True, tokens=("<|python_tag|>",)),
+    CallFormat.MISTRAL: Markers(
+        opens="[TOOL_CALLS]",
+        is_list=True,
+        has_names_outside=True,
+        tokens=("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"),
+    ),
     CallFormat.BARE: Markers(opens=None, begins_answer=True, is_list=True),
 }
 

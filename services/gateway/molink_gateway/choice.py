@@ -13,6 +13,7 @@ from molink_common.messages import FinishReason, TokenEvent
 from molink_gateway.detokenizer import Detokenizer
 from molink_gateway.stop_strings import StopStrings
 from molink_gateway.tokenizer import TokenText
+from molink_gateway.tool_calls import CallDelta, CallReader
 
 SMALLEST_LOGPROB = -9999.0
 """What OpenAI writes for a token that is as good as impossible."""
@@ -38,6 +39,10 @@ class Delta:
     finish: FinishReason | None = None
     tokens: tuple[int, ...] = ()
     """All that were generated, also those without text."""
+    calls: tuple[CallDelta, ...] = ()
+    """What calls of tools grew by."""
+    has_called: bool = False
+    """With `finish`: the answer has called tools."""
 
     def joined(self, later: Delta) -> Delta:
         """This and what came after it."""
@@ -46,6 +51,8 @@ class Delta:
             self.logprobs + later.logprobs,
             later.finish or self.finish,
             self.tokens + later.tokens,
+            self.calls + later.calls,
+            later.has_called or self.has_called,
         )
 
 
@@ -60,12 +67,15 @@ class Choice:
         text_of: Callable[[int], TokenText],
         eos_token_ids: frozenset[int],
         has_logprobs: bool,
+        calls: CallReader | None = None,
     ) -> None:
+        """`eos_token_ids` end the answer without being part of it; with `calls` the text may hold calls of tools."""
         self._detokenizer = detokenizer
         self._stops = stops
         self._text_of = text_of
         self._eos_token_ids = eos_token_ids
         self._has_logprobs = has_logprobs
+        self._calls = calls
         self._waiting: deque[LogprobEntry] = deque()
         self._num_decoded = 0
         self._num_told = 0
@@ -98,7 +108,23 @@ class Choice:
             text += self._stops.flush()
             self.finish = event.finish
         self._num_told += len(text)
-        return Delta(text, self._entries_told(), self.finish, (event.token,))
+        logprobs = self._entries_told()
+        if self._calls is None:
+            return Delta(text, logprobs, self.finish, (event.token,))
+        return self._read(self._calls, text, Delta(logprobs=logprobs, tokens=(event.token,)))
+
+    def _read(self, reader: CallReader, text: str, delta: Delta) -> Delta:
+        """`delta` with what is said and called in `text`."""
+        said = [reader.feed(text)]
+        if reader.is_done and self.finish is None:  # as if a stop string were met
+            self.finish, self.is_cut_short = FinishReason.STOP, True
+        if self.finish is not None:
+            said.append(reader.flush())
+        delta.text = "".join(one.text for one in said)
+        delta.calls = tuple(call for one in said for call in one.calls)
+        delta.finish = self.finish
+        delta.has_called = self.finish is not None and reader.has_calls
+        return delta
 
     def _entry(self, event: TokenEvent, logprob: float) -> LogprobEntry:
         return LogprobEntry(

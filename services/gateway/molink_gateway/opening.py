@@ -12,9 +12,11 @@ from starlette.datastructures import Headers
 from molink_common.identity import SequenceId
 from molink_gateway.access_log import RequestRecord
 from molink_gateway.api_errors import bad_request
+from molink_gateway.chats import prepare_chat
 from molink_gateway.cluster import Cluster, ServedModel
+from molink_gateway.completions import prepare_completion
 from molink_gateway.mailbox import Mailbox
-from molink_gateway.preparation import Origin, Prepared, prepare_chat, prepare_completion
+from molink_gateway.preparation import Origin, Prepared
 from molink_gateway.requests import parse_chat, parse_completion
 from molink_gateway.resumption import prepare_resumed
 from molink_gateway.sequences import Sequences

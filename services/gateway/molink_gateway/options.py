@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from molink_common.sampling import SamplingOptions
 from molink_gateway.api_errors import ApiError, bad_request, too_long
-from molink_gateway.requests import GenerationFields
+from molink_gateway.generation_fields import GenerationFields
 
 COMPLETION_TOKENS = 16
 """Of a completion that does not say how many, as at OpenAI."""
@@ -38,6 +38,7 @@ def sampling_options(
     seed: int,
     default_tokens: int | None,
     prompt_field: str,
+    grammar: str | None = None,
 ) -> list[SamplingOptions]:
     """The options of each choice, seeds apart.
 
@@ -74,6 +75,7 @@ def sampling_options(
         top_logprobs=request.likeliest,
         stop_token_ids=tuple(dict.fromkeys(request.stop_token_ids)),
         ignore_eos=bool(request.ignore_eos),
+        grammar=grammar,
         prompt_logprobs=request.likeliest_of_prompt,
     )
     # one of them tells the prompt's log probabilities for all

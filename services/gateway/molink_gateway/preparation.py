@@ -1,4 +1,4 @@
-"""From a valid request to what is needed to run and answer it: prompts, options, choices, the reply's shape."""
+"""What is needed to run and answer a request, whatever its kind: options, sequences, choices, the reply's shape."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from typing import TYPE_CHECKING
 from molink_common.identity import SequenceId, new_sequence_id
 from molink_common.messages import SubmitSequence
 from molink_common.sampling import SamplingOptions
-from molink_gateway.api_errors import bad_request, too_long
+from molink_gateway.answer_style import AnswerStyle, ExpectedCalls
+from molink_gateway.api_errors import too_long
+from molink_gateway.call_formats import MARKERS
 from molink_gateway.choice import Choice
 from molink_gateway.cluster import ServedModel
-from molink_gateway.options import COMPLETION_TOKENS, check_vocabulary, sampling_options
-from molink_gateway.prompt_logprobs import PromptInbox, offsets_in_ids, offsets_in_text
-from molink_gateway.prompt_reply import Echo, with_prompts
-from molink_gateway.replies import ChatReply, CompletionReply, Reply, ReplyHead
-from molink_gateway.request_fields import MAX_PROMPTS
-from molink_gateway.requests import ChatRequest, CompletionRequest, GenerationFields
+from molink_gateway.generation_fields import GenerationFields
+from molink_gateway.options import sampling_options
+from molink_gateway.prompt_logprobs import PromptInbox
+from molink_gateway.replies import Reply, ReplyHead
 from molink_gateway.resume_state import ResumeState, StreamKind
 from molink_gateway.scripts import ChunkScript, Script
 from molink_gateway.sequences import Submission
 from molink_gateway.stop_strings import StopStrings
 from molink_gateway.stream_place import Place
 from molink_gateway.tokenizer import Tokenizer
+from molink_gateway.tool_calls import CallReader
 
 if TYPE_CHECKING:
     from molink_gateway.run import Run
 
-_LONG_TEXT_CHARACTERS = 8192
+LONG_TEXT_CHARACTERS = 8192
 """Longer texts are tokenized in a thread, so that other streams go on meanwhile."""
 
 Order = tuple[list[int], SamplingOptions]
@@ -65,6 +66,8 @@ class Prepared:
     is_stream: bool
     has_usage: bool
     has_continuous_usage: bool
+    num_choices: int = 1
+    """Of each prompt, one behind the other."""
     drops_answer: bool = False
     """Only the prompt is told."""
     prompts: tuple[PromptInbox, ...] = ()
@@ -87,92 +90,43 @@ class Prepared:
         return self.submission.sequences[0].resume_state is not None
 
 
-async def prepare_chat(request: ChatRequest, model: ServedModel, origin: Origin) -> Prepared:
-    """Render and tokenize a chat.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """How a request is answered."""
+
+    kind: StreamKind
+    head: ReplyHead
+    reply: Reply
+    style: AnswerStyle
+    echo: str = ""
+    """The prompt's text, if it is to stand before the answer."""
+
+
+async def encode_text(model: ServedModel, text: str, *, add_special_tokens: bool, field: str) -> list[int]:
+    """The text's tokens.
 
     Raises:
-        ApiError: 400, when it does not fit the template, the context or the vocabulary.
+        ApiError: 400, there are more of them than the model can take.
     """
-    text = model.tokenizer.render(request.turns())
-    prompt = await _encode(model, text, add_special_tokens=False, field="messages")
-    options = _options(request, model, prompt, default_tokens=None, prompt_field="messages")
-    head = _head("chatcmpl-", request, model)
-    reply = ChatReply(head, told_prompt=prompt if request.return_token_ids else None)
-    orders = [(prompt, one) for one in options]
-    state = _state(StreamKind.CHAT, head, request, origin, orders)
-    prepared = _prepared(request, model, orders, reply, len(prompt), origin, state)
-    return with_prompts(prepared, request, head, model.tokenizer.text_of, echoes=None)
-
-
-async def prepare_completion(request: CompletionRequest, model: ServedModel, origin: Origin) -> Prepared:
-    """Tokenize the prompts of a completion.
-
-    Raises:
-        ApiError: 400, when a prompt is empty or does not fit the context or the vocabulary.
-    """
-    if len(request.prompt) * request.num_choices > MAX_PROMPTS:
-        raise bad_request(
-            f"`prompt` has {len(request.prompt)} prompts with {request.num_choices} answers each; a request may have "
-            f"at most {MAX_PROMPTS} answers.",
-            param="prompt",
-        )
-    orders: list[Order] = []
-    echoes: list[str] = []
-    echoes_told: list[Echo | None] = []
-    num_prompt_tokens = 0
-    for given in request.prompt:
-        if isinstance(given, str):
-            prompt = await _encode(model, given, add_special_tokens=True, field="prompt")
-        else:
-            prompt = given
-            check_vocabulary(prompt, model.card.vocabulary_size, "prompt")
-        if not prompt:
-            raise bad_request("`prompt` is empty; it must hold at least one token.", param="prompt")
-        options = _options(request, model, prompt, default_tokens=COMPLETION_TOKENS, prompt_field="prompt")
-        orders += [(prompt, one) for one in options]
-        echo = "" if not request.echo else given if isinstance(given, str) else model.tokenizer.decode(prompt)
-        echoes += [echo] * len(options)
-        echoes_told += [await _echo_told(request, model.tokenizer, given, prompt, echo)] * len(options)
-        num_prompt_tokens += len(prompt)
-    told_prompts = [prompt for prompt, _ in orders] if request.return_token_ids else None
-    head = _head("cmpl-", request, model)
-    reply = CompletionReply(head, echoes, told_prompts=told_prompts)
-    state = _state(StreamKind.COMPLETION, head, request, origin, orders, echo=echoes[0])
-    prepared = _prepared(request, model, orders, reply, num_prompt_tokens, origin, state)
-    return with_prompts(prepared, request, head, model.tokenizer.text_of, echoes=echoes_told)
-
-
-async def _echo_told(
-    request: CompletionRequest, tokenizer: Tokenizer, given: str | list[int], prompt: list[int], text: str
-) -> Echo | None:
-    """The prompt that stands before the answer, if its log probabilities are told as well."""
-    if not request.echo or request.logprobs is None:
-        return None
-
-    def offsets() -> list[int]:
-        if isinstance(given, str):
-            return offsets_in_text(tokenizer.spans(given, add_special_tokens=True))
-        return offsets_in_ids(tokenizer.detokenizer(()), prompt, len(text))
-
-    is_long = len(text) >= _LONG_TEXT_CHARACTERS
-    return Echo(
-        text=text, offsets=await asyncio.to_thread(offsets) if is_long else offsets(), likeliest=request.logprobs
-    )
-
-
-async def _encode(model: ServedModel, text: str, *, add_special_tokens: bool, field: str) -> list[int]:
     fewest = model.tokenizer.fewest_tokens(text)
     if fewest >= model.card.context_length:  # a text of megabytes is refused without the seconds of encoding it
         raise too_long(fewest, model.card.context_length, param=field, is_at_least=True)
     tokenizer: Tokenizer = model.tokenizer
-    if len(text) < _LONG_TEXT_CHARACTERS:
+    if len(text) < LONG_TEXT_CHARACTERS:
         return tokenizer.encode(text, add_special_tokens=add_special_tokens)
     return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
 
 
-def _options(
-    request: GenerationFields, model: ServedModel, prompt: list[int], *, default_tokens: int | None, prompt_field: str
+def make_options(
+    request: GenerationFields,
+    model: ServedModel,
+    prompt: list[int],
+    *,
+    default_tokens: int | None,
+    prompt_field: str,
+    grammar: str | None,
 ) -> list[SamplingOptions]:
+    """See `sampling_options`, of which this knows the model's part."""
     return sampling_options(
         request,
         num_prompt_tokens=len(prompt),
@@ -181,10 +135,12 @@ def _options(
         seed=secrets.randbits(63),
         default_tokens=default_tokens,
         prompt_field=prompt_field,
+        grammar=grammar,
     )
 
 
-def _head(prefix: str, request: GenerationFields, model: ServedModel) -> ReplyHead:
+def make_head(prefix: str, request: GenerationFields, model: ServedModel) -> ReplyHead:
+    """Of a new answer."""
     return ReplyHead(
         id=prefix + secrets.token_hex(12),
         created=int(time.time()),
@@ -193,54 +149,68 @@ def _head(prefix: str, request: GenerationFields, model: ServedModel) -> ReplyHe
     )
 
 
-def _state(
-    kind: StreamKind,
-    head: ReplyHead,
-    request: GenerationFields,
-    origin: Origin,
-    orders: Sequence[Order],
-    *,
-    echo: str = "",
-) -> ResumeState | None:
+def style_of(request: GenerationFields, calls: ExpectedCalls | None = None) -> AnswerStyle:
+    """How the answer is read out of its tokens."""
+    return AnswerStyle(
+        stop=tuple(request.stop),
+        keeps_stop=bool(request.include_stop_str_in_output),
+        shows_special=request.skip_special_tokens is False,
+        calls=calls,
+    )
+
+
+def _state(shape: Shape, request: GenerationFields, origin: Origin, orders: Sequence[Order]) -> ResumeState | None:
     """None for what cannot be taken up again: the scheduler keeps tokens, not their log probabilities."""
     if not (origin.wants_resuming and request.stream and len(orders) == 1 and request.likeliest is None):
         return None
     if request.likeliest_of_prompt is not None or request.max_tokens == 0:
         return None
+    head = shape.head
     return ResumeState(
-        kind=kind,
+        kind=shape.kind,
         id=head.id,
         created=head.created,
         model=head.model,
         fingerprint=head.fingerprint,
-        stop=tuple(request.stop),
-        echo=echo,
+        style=shape.style,
+        echo=shape.echo,
         has_usage=request.wants_usage,
         has_continuous_usage=request.wants_continuous_usage,
         tells_tokens=bool(request.return_token_ids),
     )
 
 
-def make_choice(model: ServedModel, prompt: Sequence[int], stop: Sequence[str], options: SamplingOptions) -> Choice:
+def make_choice(model: ServedModel, prompt: Sequence[int], style: AnswerStyle, options: SamplingOptions) -> Choice:
     """An answer that has not begun."""
+    calls, ends = style.calls, frozenset(model.card.eos_token_ids)
+    if not style.keeps_stop:
+        ends = ends.union(options.stop_token_ids)
+    elif style.shows_special:
+        ends = frozenset()
     return Choice(
-        model.tokenizer.detokenizer(prompt[-16:]),
-        StopStrings(stop),
+        model.tokenizer.detokenizer(
+            prompt[-16:],
+            shows_special=style.shows_special,
+            shown=() if calls is None else MARKERS[calls.form].tokens,
+        ),
+        StopStrings(style.stop, keeps_stop=style.keeps_stop),
         text_of=model.tokenizer.text_of,
-        eos_token_ids=frozenset(model.card.eos_token_ids),
+        eos_token_ids=ends,
         has_logprobs=options.top_logprobs is not None,
+        calls=None if calls is None else CallReader(calls.form, calls.functions, is_parallel=calls.is_parallel),
     )
 
 
-def _prepared(
+def make_prepared(
     request: GenerationFields,
     model: ServedModel,
     orders: Sequence[Order],
-    reply: Reply,
     num_prompt_tokens: int,
     origin: Origin,
-    state: ResumeState | None,
+    shape: Shape,
 ) -> Prepared:
+    """The request as sequences, and the answers that they grow into."""
+    state = _state(shape, request, origin, orders)
     submission = Submission(
         sequences=tuple(
             SubmitSequence(
@@ -252,6 +222,7 @@ def _prepared(
                 prompt=tuple(prompt),
                 options=options,
                 tenant=origin.tenant,
+                priority=request.priority or 0,
                 trace=origin.trace,
                 resume_state=None if state is None else state.encode(),
             )
@@ -260,8 +231,9 @@ def _prepared(
     )
     return Prepared(
         submission=submission,
-        choices=tuple(make_choice(model, prompt, request.stop, options) for prompt, options in orders),
-        reply=reply,
+        choices=tuple(make_choice(model, prompt, shape.style, options) for prompt, options in orders),
+        reply=shape.reply,
+        num_choices=request.num_choices,
         num_prompt_tokens=num_prompt_tokens,
         is_stream=bool(request.stream),
         has_usage=request.wants_usage,

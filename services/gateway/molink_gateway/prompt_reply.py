@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from molink_common.identity import SequenceId
 from molink_gateway.choice import Delta
+from molink_gateway.generation_fields import GenerationFields
 from molink_gateway.prompt_logprobs import PromptInbox, TextOf, joined, shifted
 from molink_gateway.replies import Answer, Chunk, Reply, ReplyHead
-from molink_gateway.requests import GenerationFields
 
 if TYPE_CHECKING:
     from molink_gateway.preparation import Prepared

@@ -9,9 +9,11 @@ from typing import Any, Protocol
 import orjson
 
 from molink_common.messages import FinishReason
+from molink_gateway.call_chunks import CALLED, call_chunks, whole_calls
 from molink_gateway.choice import Delta, LogprobEntry
 from molink_gateway.prompt_logprobs import by_text
 from molink_gateway.tokenizer import TokenText
+from molink_gateway.tool_calls import CallDelta
 
 Chunk = dict[str, Any]
 
@@ -29,6 +31,9 @@ class Answer:
     logprobs: list[LogprobEntry] = field(default_factory=list)
     finish: FinishReason | None = None
     tokens: list[int] = field(default_factory=list)
+    calls: list[CallDelta] = field(default_factory=list)
+    """In the pieces that came."""
+    has_called: bool = False
 
     def add(self, delta: Delta) -> None:
         """Append what came."""
@@ -36,14 +41,23 @@ class Answer:
         self.logprobs += delta.logprobs
         self.finish = delta.finish or self.finish
         self.tokens += delta.tokens
+        self.calls += delta.calls
+        self.has_called = self.has_called or delta.has_called
 
 
-def usage_of(num_prompt_tokens: int, num_completion_tokens: int) -> Chunk:
-    """Token counts."""
+def usage_of(num_prompt_tokens: int, num_completion_tokens: int, num_cached_tokens: int = 0) -> Chunk:
+    """Token counts. Cached: of the prompt's tokens, those that needed no computing."""
     return {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_completion_tokens,
         "total_tokens": num_prompt_tokens + num_completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": num_cached_tokens, "audio_tokens": 0},
+        "completion_tokens_details": {
+            "reasoning_tokens": 0,
+            "audio_tokens": 0,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
     }
 
 
@@ -93,9 +107,12 @@ class ReplyHead:
 class ChatReply:
     """Answers to ``/v1/chat/completions``."""
 
-    def __init__(self, head: ReplyHead, *, told_prompt: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, head: ReplyHead, *, told_prompt: Sequence[int] | None = None, has_short_call_ids: bool = False
+    ) -> None:
         self._head = head
         self._told_prompt = told_prompt
+        self._has_short_call_ids = has_short_call_ids
 
     def opening(self, choice: int) -> list[Chunk]:
         """See `Reply.opening`: the role."""
@@ -108,13 +125,17 @@ class ChatReply:
         """See `Reply.chunks`."""
         chunks: list[Chunk] = []
         tells_tokens = self._told_prompt is not None
-        if delta.text or delta.logprobs or (tells_tokens and delta.tokens):
-            chunk = self._chunk(choice, {"content": delta.text}, logprobs=_chat_logprobs(delta.logprobs))
+        if delta.text or delta.calls or delta.logprobs or (tells_tokens and delta.tokens):
+            # text and calls in one chunk: a stream is taken up again behind a token, not within what it adds
+            grown: Chunk = {"content": delta.text} if delta.text or not delta.calls else {}
+            if delta.calls:
+                grown["tool_calls"] = call_chunks(delta.calls, self._head.id, choice, is_short=self._has_short_call_ids)
+            chunk = self._chunk(choice, grown, logprobs=_chat_logprobs(delta.logprobs))
             if tells_tokens:
                 chunk["choices"][0]["token_ids"] = delta.tokens
             chunks.append(chunk)
         if delta.finish is not None:
-            chunks.append(self._chunk(choice, {}, finish=delta.finish.value))
+            chunks.append(self._chunk(choice, {}, finish=_chat_finish(delta)))
         return chunks
 
     def last(self) -> Chunk:
@@ -126,9 +147,9 @@ class ChatReply:
         choices: list[Chunk] = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": answer.text, "refusal": None},
+                "message": self._message(index, answer),
                 "logprobs": _chat_logprobs(answer.logprobs),
-                "finish_reason": answer.finish.value if answer.finish else None,
+                "finish_reason": _chat_finish(answer),
             }
             for index, answer in enumerate(answers)
         ]
@@ -138,6 +159,13 @@ class ChatReply:
             for choice, answer in zip(choices, answers, strict=True):
                 choice["token_ids"] = answer.tokens
         return reply
+
+    def _message(self, choice: int, answer: Answer) -> Chunk:
+        message: Chunk = {"role": "assistant", "content": answer.text, "refusal": None}
+        if answer.calls:
+            message["content"] = answer.text or None
+            message["tool_calls"] = whole_calls(answer.calls, self._head.id, choice, is_short=self._has_short_call_ids)
+        return message
 
     def _chunk(self, choice: int, delta: Chunk, *, logprobs: Chunk | None = None, finish: str | None = None) -> Chunk:
         return self._head.chunk(
@@ -202,6 +230,13 @@ class CompletionReply:
         return self._head.chunk(
             "text_completion", [{"index": choice, "text": text, "logprobs": logprobs, "finish_reason": finish}]
         )
+
+
+def _chat_finish(grown: Delta | Answer) -> str | None:
+    """An answer that was cut off in a call says so."""
+    if grown.finish is FinishReason.STOP and grown.has_called:
+        return CALLED
+    return None if grown.finish is None else grown.finish.value
 
 
 def _chat_logprobs(entries: Sequence[LogprobEntry]) -> Chunk | None:

@@ -7,118 +7,35 @@ the answer and that this version does not carry out are refused, unless their va
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import orjson
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
 
 from molink_common.logs import get_logger
 from molink_common.sampling import MAX_TOP_LOGPROBS
 from molink_gateway.api_errors import ApiError, bad_request, unsupported
-from molink_gateway.request_fields import (
-    Content,
-    Fields,
-    Finite,
-    LogitBias,
-    Prompts,
-    StopStrings,
-    StopTokenIds,
-    not_supported,
-    wrong,
-)
+from molink_gateway.generation_fields import GenerationFields
+from molink_gateway.request_fields import Prompts
+from molink_gateway.tools import ToolChoice, ToolPlan, Tools, plan_of
+from molink_gateway.turns import ChatMessage, Turn, turns_of
 
 log = get_logger("gateway.requests")
-
-MAX_CHOICES = 16
-
-
-class StreamOptions(Fields):
-    """What a stream tells beside the text."""
-
-    include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None
-
-
-class GenerationFields(Fields):
-    """What both kinds of request have."""
-
-    model: Annotated[str, Field(min_length=1)]
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-    stop: StopStrings = Field(default_factory=list)
-    stop_token_ids: StopTokenIds = Field(default_factory=list)
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    temperature: Annotated[Finite, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[Finite, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
-    min_p: Annotated[Finite, Field(ge=0, le=1)] | None = None
-    presence_penalty: Annotated[Finite, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[Finite, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[Finite, Field(gt=0, le=2)] | None = None
-    logit_bias: LogitBias = Field(default_factory=dict)
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    min_tokens: Annotated[int, Field(ge=0)] | None = None
-    ignore_eos: bool | None = None
-    user: str | None = None
-    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    """vLLM's: tell the log probabilities of the prompt's tokens, with so many of the likeliest beside each."""
-    return_token_ids: bool | None = None
-    """vLLM's: tell the token ids of prompt and answer beside the text."""
-
-    @property
-    def num_choices(self) -> int:
-        """Answers for each prompt."""
-        return self.n or 1
-
-    @property
-    def wants_usage(self) -> bool:
-        """Whether a stream ends with a chunk of token counts."""
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
-
-    @property
-    def wants_continuous_usage(self) -> bool:
-        """Whether each chunk of a stream carries token counts."""
-        return self.wants_usage and self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
-
-    @property
-    def most_tokens(self) -> tuple[str, int | None]:
-        """The field that bounds the answer, and its value."""
-        return "max_tokens", self.max_tokens
-
-    @property
-    def likeliest(self) -> int | None:
-        """How many of the likeliest tokens are told at each place; None: no log probabilities."""
-        return None
-
-    @property
-    def likeliest_of_prompt(self) -> int | None:
-        """The same for the prompt's places."""
-        return self.prompt_logprobs
-
-
-class ChatMessage(Fields):
-    """One turn."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Content = None
-    name: str | None = None
-    tool_calls: Any = None
-    tool_call_id: str | None = None
-
-    @model_validator(mode="after")
-    def _fits_its_role(self) -> ChatMessage:
-        if self.tool_calls:
-            raise not_supported("carries tool_calls, which are not supported yet")
-        if self.content is None and self.role != "assistant":
-            raise wrong(f"needs `content`: a string or a list of text parts (role {self.role!r})")
-        return self
 
 
 class ChatRequest(GenerationFields):
     """``POST /v1/chat/completions``."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    tools: Tools = Field(default_factory=list)
+    tool_choice: ToolChoice = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    """vLLM's: variables for the model's chat template."""
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    reasoning_effort: str | None = None
+    """For chat templates that know it."""
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
@@ -135,18 +52,17 @@ class ChatRequest(GenerationFields):
         """See `GenerationFields.likeliest`."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def turns(self) -> list[dict[str, Any]]:
-        """The messages as a chat template reads them: `developer` is the newer name of `system`."""
-        turns: list[dict[str, Any]] = []
-        for message in self.messages:
-            role = "system" if message.role == "developer" else message.role
-            turn: dict[str, Any] = {"role": role, "content": message.content or ""}
-            if message.name is not None:
-                turn["name"] = message.name
-            if message.tool_call_id is not None:
-                turn["tool_call_id"] = message.tool_call_id
-            turns.append(turn)
-        return turns
+    def turns(self) -> list[Turn]:
+        """The messages as a chat template reads them."""
+        return turns_of(self.messages)
+
+    def tool_plan(self) -> ToolPlan | None:
+        """What the model may call; None: nothing.
+
+        Raises:
+            ApiError: 400, `tools` and `tool_choice` do not fit each other.
+        """
+        return plan_of(self.tools, self.tool_choice, is_parallel=self.parallel_tool_calls is not False)
 
 
 class CompletionRequest(GenerationFields):
@@ -174,28 +90,21 @@ class CompletionRequest(GenerationFields):
 _NOTHING: tuple[Any, ...] = (None, False, [], {}, "")
 #: Fields that would change the answer, with the values that ask for nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "tools": _NOTHING,
-    "tool_choice": (None, "none", "auto"),
     "functions": _NOTHING,
     "function_call": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
     "audio": _NOTHING,
     "modalities": (None, ["text"], []),
-    "prediction": _NOTHING,
     "web_search_options": (None,),
     "use_beam_search": _NOTHING,
-    "structured_outputs": _NOTHING,
-    "guided_json": _NOTHING,
-    "guided_regex": _NOTHING,
-    "guided_choice": _NOTHING,
-    "guided_grammar": _NOTHING,
     "chat_template": _NOTHING,
-    "chat_template_kwargs": _NOTHING,
-    "continue_final_message": _NOTHING,
-    "add_generation_prompt": (None, True),
-    "include_stop_str_in_output": _NOTHING,
-    "skip_special_tokens": (None, True),
     "suffix": _NOTHING,
+}
+
+_INSTEAD = {
+    "functions": "Use `tools`, which came in its place.",
+    "function_call": "Use `tool_choice`, which came in its place.",
+    "suffix": "Text is completed only at its end: put what comes before into `prompt`.",
+    "chat_template": "Messages are rendered with the model's own; `chat_template_kwargs` are passed on to it.",
 }
 
 R = TypeVar("R", bound=GenerationFields)
@@ -210,6 +119,13 @@ def parse_chat(body: bytes) -> ChatRequest:
     request = _validated(ChatRequest, _object_in(body))
     if request.top_logprobs and not request.logprobs:
         raise bad_request("`top_logprobs` needs `logprobs` to be true.", param="top_logprobs")
+    if request.continue_final_message and request.add_generation_prompt:
+        raise bad_request(
+            "`continue_final_message` and `add_generation_prompt` exclude each other: the answer either goes on with "
+            "the last message or begins a new one.",
+            param="continue_final_message",
+        )
+    request.tool_plan()
     return _checked(request)
 
 
@@ -247,7 +163,8 @@ def _object_in(body: bytes) -> dict[str, Any]:
     parsed = json_object_in(body)
     for field, harmless in _UNSUPPORTED.items():
         if field in parsed and parsed[field] not in harmless:
-            raise unsupported(f"`{field}` is not supported by this server yet. Leave it out.", param=field)
+            instead = _INSTEAD.get(field, "Leave it out.")
+            raise unsupported(f"`{field}` is not supported by this server. {instead}", param=field)
     return parsed
 
 

@@ -9,6 +9,7 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from molink_common.errors import ProtocolError
+from molink_gateway.answer_style import AnswerStyle
 from molink_gateway.replies import ChatReply, CompletionReply, Reply, ReplyHead
 
 
@@ -31,7 +32,7 @@ class ResumeState(BaseModel):
     """As the client has called it."""
     fingerprint: str
     """Of the model, as the answer shows it."""
-    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    style: AnswerStyle = AnswerStyle()
     echo: str = ""
     """The prompt's text, if it is to stand before the answer."""
     has_usage: bool = False
@@ -47,7 +48,11 @@ class ResumeState(BaseModel):
         head = ReplyHead(id=self.id, created=self.created, model=self.model, fingerprint=self.fingerprint)
         match self.kind:
             case StreamKind.CHAT:
-                return ChatReply(head, told_prompt=prompt if self.tells_tokens else None)
+                return ChatReply(
+                    head,
+                    told_prompt=prompt if self.tells_tokens else None,
+                    has_short_call_ids=self.style.calls is not None and self.style.calls.has_short_ids,
+                )
             case StreamKind.COMPLETION:
                 return CompletionReply(head, [self.echo], told_prompts=[prompt] if self.tells_tokens else None)
 

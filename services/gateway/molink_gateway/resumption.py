@@ -31,7 +31,7 @@ def prepare_resumed(recovered: Recovered, told: Place | None, model: ServedModel
         raise ApiError(404, "The pool serves another model by now than the one that began this stream.", code="gone")
     return Prepared(
         submission=Submission(sequences=(request,)),
-        choices=(make_choice(model, request.prompt, state.stop, request.options),),
+        choices=(make_choice(model, request.prompt, state.style, request.options),),
         reply=state.reply(request.prompt),
         num_prompt_tokens=len(request.prompt),
         is_stream=True,

@@ -31,6 +31,7 @@ class Run:
         self._record = record
         self._num_going_on = len(prepared.choices)
         self._num_tokens = 0
+        self._num_cached_tokens = 0
         self._held: dict[int, Delta] = {}
         """By choice: what comes behind a prompt whose log probabilities are not all here."""
 
@@ -41,7 +42,7 @@ class Run:
 
     def usage(self) -> Chunk:
         """Token counts so far."""
-        return usage_of(self._prepared.num_prompt_tokens, self._num_tokens)
+        return usage_of(self._prepared.num_prompt_tokens, self._num_tokens, self._num_cached_tokens)
 
     def place(self, part: Part) -> str | None:
         """The id of the event that is told now; None for an answer of several sequences."""
@@ -60,6 +61,8 @@ class Run:
             if growing.finish is not None:
                 continue
             self._record.saw_token()
+            if choice % self._prepared.num_choices == 0:  # a prompt counts once, however many answers it has
+                self._num_cached_tokens += event.cached_tokens or 0
             delta = growing.feed(event)
             if self._prepared.drops_answer:
                 delta = Delta(finish=FinishReason.LENGTH)
@@ -121,7 +124,8 @@ class Run:
         told = self._prepared.told
         if told is None or self._num_tokens > told.num_tokens:
             return delta
-        return Delta(finish=delta.finish if told.part is Part.TEXT else None)
+        finish = delta.finish if told.part is Part.TEXT else None
+        return Delta(finish=finish, has_called=delta.has_called)
 
 
 def _telling_the_prompt(one: SubmitSequence, sequence: SequenceId) -> SubmitSequence:

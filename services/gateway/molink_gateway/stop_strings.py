@@ -2,7 +2,7 @@
 
 Text is judged as if it came one character at a time: the answer ends at the first character that completes any
 stop string, and everything before that stop string is the answer (of several that end there, the longest
-counts). So the result does not depend on where the pieces of text are cut.
+counts; with `keeps_stop` it is part of the answer). So the result does not depend on where the pieces of text are cut.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from collections.abc import Sequence
 class StopStrings:
     """Holds back exactly the text that may still become a stop string."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, keeps_stop: bool = False) -> None:
         self._stops = tuple(stops)
+        self._keeps_stop = keeps_stop
         self._held = ""
         self.is_met = False
 
@@ -37,7 +38,8 @@ class StopStrings:
         if cut is not None:
             self.is_met = True
             self._held = ""
-            return buffer[:cut]
+            start, end = cut
+            return buffer[: end if self._keeps_stop else start]
         sure = len(buffer) - self._length_held_back(buffer)
         self._held = buffer[sure:]
         return buffer[:sure]
@@ -47,14 +49,14 @@ class StopStrings:
         text, self._held = self._held, ""
         return text
 
-    def _first_stop(self, buffer: str) -> int | None:
-        """Where the stop string begins that ends first."""
+    def _first_stop(self, buffer: str) -> tuple[int, int] | None:
+        """Where the stop string that ends first begins and ends."""
         best: tuple[int, int] | None = None
         for stop in self._stops:
             start = buffer.find(stop)
             if start >= 0 and (best is None or (start + len(stop), start) < best):
                 best = (start + len(stop), start)
-        return None if best is None else best[1]
+        return None if best is None else (best[1], best[0])
 
     def _length_held_back(self, buffer: str) -> int:
         """The length of the longest end of `buffer` that begins a stop string."""

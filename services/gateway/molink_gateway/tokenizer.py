@@ -6,9 +6,10 @@ tokenizers of the `tokenizers` library are taken: they are the ones with a fast 
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from molink_common.errors import ModelError
 from molink_gateway.api_errors import bad_request
+from molink_gateway.call_formats import CallFormat, format_of
 from molink_gateway.detokenizer import Detokenizer
+
+_RESERVED_VARIABLES = frozenset(
+    {"messages", "conversations"} | inspect.signature(PreTrainedTokenizerFast.apply_chat_template).parameters.keys()
+)
+"""What a client's variables for a chat template must not be named: they would replace what the gateway says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +56,40 @@ class Tokenizer:
         """Whether messages can be rendered to a prompt."""
         return bool(self._whole.chat_template)
 
-    def render(self, turns: list[dict[str, Any]]) -> str:
-        """The messages as one prompt that ends where the assistant begins to speak.
+    @property
+    def call_format(self) -> CallFormat | None:
+        """How the model writes calls of tools, if its chat template says so."""
+        template = self._whole.chat_template or ""
+        if isinstance(template, dict):
+            template = template.get("tool_use") or template.get("default") or ""
+        return format_of(template)
+
+    def has_token(self, text: str) -> bool:
+        """Whether the vocabulary has a token of this very text."""
+        return self._backend.token_to_id(text) is not None
+
+    def render(
+        self,
+        turns: list[dict[str, Any]],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The messages as one prompt that ends where the assistant begins to speak, or goes on.
+
+        `variables` are for the template; the client chooses their names.
 
         Raises:
             ApiError: 400, when the template does not take these messages, or there is no template.
         """
+        reserved = _RESERVED_VARIABLES.intersection(variables or ())
+        if reserved:
+            raise bad_request(
+                f"`chat_template_kwargs` must not hold {min(reserved)!r}: that is for the server to say.",
+                param="chat_template_kwargs",
+            )
         if not self.has_chat_template:
             raise bad_request(
                 "This model has no chat template: it is a base model. Use /v1/completions with a prompt.",
@@ -62,8 +97,20 @@ class Tokenizer:
                 code="no_chat_template",
             )
         try:
-            return str(self._whole.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+            return str(
+                self._whole.apply_chat_template(
+                    turns,
+                    tools=tools,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                    **(variables or {}),
+                )
+            )
+        except (
+            jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError,
+            RecursionError,
+        ) as error:  # fmt: skip
             raise bad_request(
                 f"The model's chat template refuses these messages: {error}", param="messages", code="chat_template"
             ) from error
@@ -84,9 +131,22 @@ class Tokenizer:
         """The text of tokens, special ones left out."""
         return str(self._backend.decode(tokens, skip_special_tokens=True))
 
-    def detokenizer(self, context: Sequence[int]) -> Detokenizer:
-        """For the answer to a prompt that ends in `context`."""
-        return Detokenizer(self.decode, self._special.__contains__, context)
+    def detokenizer(
+        self, context: Sequence[int], *, shows_special: bool = False, shown: Sequence[str] = ()
+    ) -> Detokenizer:
+        """For the answer to a prompt that ends in `context`. Special tokens are text where `shown` has them."""
+        if shows_special:
+            hidden: frozenset[int] = frozenset()
+        else:
+            hidden = self._special.difference(self._backend.token_to_id(text) for text in shown)
+        if hidden == self._special:
+            return Detokenizer(self.decode, self._special.__contains__, context)
+
+        def decode(tokens: Sequence[int]) -> str:
+            kept = [token for token in tokens if token not in hidden]
+            return str(self._backend.decode(kept, skip_special_tokens=False))
+
+        return Detokenizer(decode, hidden.__contains__, context)
 
     def text_of(self, token: int) -> TokenText:
         """How one token reads by itself: its bytes, and these as text with U+FFFD where they are no text."""

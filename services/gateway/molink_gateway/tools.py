@@ -22,9 +22,13 @@ def _name(value: Any) -> Any:
     return value
 
 
+def _no_parameters() -> dict[str, Any]:
+    return {"type": "object", "properties": {}}
+
+
 def _parameters(value: Any) -> Any:
     if value is None:
-        return {"type": "object", "properties": {}}
+        return _no_parameters()
     if not isinstance(value, dict):
         raise wrong('must be a JSON schema of an object, like {"type": "object", "properties": {…}}')
     if value.get("type", "object") != "object":
@@ -43,7 +47,7 @@ class Function(Fields):
 
     name: Annotated[str, BeforeValidator(_name)]
     description: str | None = None
-    parameters: Annotated[dict[str, Any], BeforeValidator(_parameters), Field(validate_default=True)] = None  # type: ignore[assignment]  # the validator makes a schema of it
+    parameters: Annotated[dict[str, Any], BeforeValidator(_parameters)] = Field(default_factory=_no_parameters)
     strict: bool | None = None
 
 
