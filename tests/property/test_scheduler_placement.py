@@ -19,7 +19,6 @@ from molink_scheduler.placement import (
     can_hold,
     is_worth_moving,
     place,
-    predicted_step_s,
 )
 from tests.scheduler_builders import make_card
 
@@ -184,4 +183,3 @@ def test_a_placed_stage_fits_its_worker_and_no_block_more_fits_all(dice: random.
         assert layer_map.num_blocks == SETTINGS.kv_tokens // SETTINGS.block_size or not fits(layer_map.num_blocks + 1)
         forecast = Forecast(card, pool, dtype=DTYPE)
         assert 0 < max(forecast.stages_s(layer_map)) <= forecast.bottleneck_s(layer_map)
-        assert predicted_step_s(layer_map, pool, card, dtype=DTYPE) >= sum(forecast.stages_s(layer_map))

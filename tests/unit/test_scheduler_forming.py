@@ -138,3 +138,15 @@ def test_an_epoch_older_than_what_a_worker_has_is_drawn_again() -> None:
     driver.beat(make_heartbeat("w1", stage=make_stage(7, 0, HALVES[0])))
     assert driver.do(EpochTaken(1)) == [TakeEpoch(7)]
     assert [type(one) for one in driver.do(EpochTaken(8))] == [SavePipeline, AssignStageTo, AssignStageTo]
+
+
+def test_standbys_are_left_over_where_the_model_fits_without_them() -> None:
+    beats = tuple(make_heartbeat(name) for name in ("w1", "w2", "w3"))
+    driver = Driver(make_settings(stages="auto", standbys=1))
+    driver.wait(1.5, beats=beats)
+    done = driver.do(EpochTaken(1))
+    assert len([one for one in done if isinstance(one, AssignStageTo)]) == 2
+    driver = Driver(make_settings(stages=3, standbys=1))
+    driver.beat(*beats)
+    done = driver.do(EpochTaken(1))
+    assert len([one for one in done if isinstance(one, AssignStageTo)]) == 3, "stages that are asked for come first"

@@ -20,7 +20,6 @@ from molink_scheduler.placement import (
     can_hold,
     is_worth_moving,
     place,
-    predicted_step_s,
 )
 from tests.scheduler_builders import make_card
 
@@ -171,21 +170,6 @@ def test_a_move_must_gain_a_fifth_and_win_back_its_pause(two_halves: LayerMap) -
     assert not pays(third, pause_s=60.0, horizon_s=120.0)
     assert pays([worker("a"), worker("c")])  # b is gone
     assert not pays([worker("a", gib=1)])  # nothing better is there
-
-
-def test_a_replacement_is_judged_by_speed_and_by_its_links(two_halves: LayerMap) -> None:
-    def with_second(name: str) -> LayerMap:
-        head, tail = two_halves.stages
-        return replace(two_halves, stages=(head, replace(tail, worker=name)))
-
-    pool = [worker("a"), worker("b"), worker("near", 9e9), worker("far", 9e9, site="z"), worker("slow", 1e9)]
-    times_s = {
-        name: predicted_step_s(with_second(name), pool, large_card(), dtype=BF16)
-        for name in ("b", "near", "far", "slow")
-    }
-    assert sorted(times_s, key=times_s.__getitem__) == ["b", "near", "far", "slow"]
-    with pytest.raises(KeyError):
-        predicted_step_s(with_second("nobody"), pool, large_card(), dtype=BF16)
 
 
 def test_room_is_counted_to_the_byte() -> None:

@@ -12,7 +12,7 @@ from enum import StrEnum
 from molink_common.messages import Heartbeat, ModelCard, PreloadStages, StageReport
 from molink_scheduler.key_book import KeyBook
 from molink_scheduler.overload import Overload
-from molink_scheduler.placement import Placement
+from molink_scheduler.placement import LayerMap, Placement
 from molink_scheduler.records import PipelineRecord, SequenceRecord
 from molink_scheduler.settings import SchedulerSettings
 
@@ -124,6 +124,14 @@ class Pipeline:
     """When a step last came out."""
     compared_s: float = 0.0
     """When the books were last compared with the head's."""
+    better: LayerMap | None = None
+    """A much faster layer map, whose stages are being preloaded."""
+    better_since_s: float = 0.0
+    """When one was last looked for."""
+    regroupings: int = 0
+    """How often one was found. Each time the next one has to wait longer."""
+    regrouped_for: tuple[str, ...] | None = None
+    """The workers over which the last one was found: over the same ones none is looked for again."""
     is_draining: bool = False
     """A worker of it leaves for good: its sequences move elsewhere, and nothing new is started here."""
     # replacing

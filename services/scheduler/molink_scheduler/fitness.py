@@ -50,9 +50,9 @@ def fit_workers(books: Books, now_s: float) -> list[Worker]:
 
 
 def place_over(
-    books: Books, workers: list[Worker], *, at_least: int, max_pipelines: int = 1, hold_back: int = 0
+    books: Books, workers: list[Worker], *, at_least: int, standbys: int = 0
 ) -> tuple[Placement, Dtype, ModelCard]:
-    """The placement over some fit workers (one at least); `at_least` that many stages."""
+    """The placement over some fit workers (one at least); `at_least` that many stages, so many left over if it fits."""
     settings = books.settings
     card = pool_card(books)
     assert card is not None, "fit workers have a card"
@@ -63,22 +63,17 @@ def place_over(
         card,
         offers_of(workers),
         dtype=dtype,
-        settings=placement_settings(
-            books.settings, at_least=at_least, max_pipelines=max_pipelines, hold_back=hold_back
-        ),
+        settings=placement_settings(books.settings, at_least=at_least, standbys=standbys),
     )
     return placement, dtype, card
 
 
-def placement_settings(
-    settings: SchedulerSettings, *, at_least: int = 1, max_pipelines: int = 1, hold_back: int = 0
-) -> PlacementSettings:
+def placement_settings(settings: SchedulerSettings, *, at_least: int = 1, standbys: int = 0) -> PlacementSettings:
     """The bounds of a placement that follow from the scheduler's settings."""
     return PlacementSettings(
         min_stages=at_least,
         max_stages=None if settings.stages == "auto" else settings.stages,
-        max_pipelines=max_pipelines,
-        hold_back=hold_back,
+        hold_back=standbys,
         kv_tokens=settings.kv_tokens,
         min_kv_tokens=settings.min_kv_tokens,
         block_size=settings.block_size,

@@ -45,7 +45,7 @@ def form_when_settled(books: Books, pipeline: Pipeline, now_s: float) -> Iterato
     asked = (at_least, *((worker.name, worker.heartbeat.memory_bytes) for worker in workers))
     if asked == pipeline.refused_for:
         return
-    pipeline.placement, _, _ = place_over(books, workers, at_least=at_least)
+    pipeline.placement, _, _ = place_over(books, workers, at_least=at_least, standbys=books.settings.standbys)
     if pipeline.placement.pipelines:
         pipeline.move(PipelinePhase.FORMING, now_s)
         yield TakeEpoch(books.highest_epoch, pipeline.number)
@@ -60,12 +60,18 @@ def place_and_assign(books: Books, pipeline: Pipeline, epoch: int, now_s: float)
     if not workers:
         pipeline.move(PipelinePhase.WAITING, now_s)
         return
-    placement, dtype, card = place_over(books, workers, at_least=_least_stages(books, pipeline, now_s))
+    placement, dtype, card = place_over(
+        books, workers, at_least=_least_stages(books, pipeline, now_s), standbys=books.settings.standbys
+    )
     pipeline.placement = placement
     if not placement.pipelines:
         pipeline.move(PipelinePhase.WAITING, now_s)
         return
-    layout = new_layout(books, placement.pipelines[0], pipeline=pipeline.number, epoch=epoch, card=card, dtype=dtype)
+    layer_map = placement.pipelines[0]
+    if pipeline.better is not None and {one.worker for one in pipeline.better.stages} <= {one.name for one in workers}:
+        layer_map = pipeline.better
+    pipeline.better = None
+    layout = new_layout(books, layer_map, pipeline=pipeline.number, epoch=epoch, card=card, dtype=dtype)
     pipeline.layout, pipeline.card = layout, layout.card
     pipeline.accepted_s, pipeline.gone, pipeline.awaited_until_s = {}, {}, now_s
     pipeline.refused_because, pipeline.continued_epoch, pipeline.is_kept = None, None, False
@@ -90,8 +96,8 @@ def form_further(books: Books, now_s: float) -> Iterator[Instruction]:
         books.idle_seen, books.idle_since_s = asked, now_s
     if len(idle) < least or books.idle_hopeless == asked or now_s - books.idle_since_s < settings.settle_s:
         return
-    placement, _, _ = place_over(books, idle, at_least=least)
-    if not placement.pipelines:
+    placement, _, _ = place_over(books, idle, at_least=least, standbys=settings.standbys)
+    if not placement.pipelines or len(idle) - len(placement.workers) < settings.standbys:
         books.idle_hopeless = asked
         return
     number = next(number for number in count(FIRST_PIPELINE) if number not in pipelines)
@@ -129,7 +135,7 @@ def why_anew(books: Books, pipeline: Pipeline, now_s: float) -> str | None:
         return None
     if pipeline.placement is None or set(pipeline.placement.reasons) != set(pipeline.fit):
         workers = available(books, pipeline, now_s)
-        pipeline.placement = place_over(books, workers, at_least=1)[0]
+        pipeline.placement = place_over(books, workers, at_least=1, standbys=books.settings.standbys)[0]
     if len(pipeline.placement.workers) > len(layout.stages):
         return "more workers have joined"
     return None

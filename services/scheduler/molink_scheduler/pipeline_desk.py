@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import assert_never
 
 from molink_common.messages import Heartbeat, StagePhase
-from molink_scheduler import detection, draining, forming, replacement, sequence_desk, standby
+from molink_scheduler import detection, draining, forming, regrouping, replacement, sequence_desk, standby
 from molink_scheduler.books import Books, Pipeline, PipelinePhase, Worker
 from molink_scheduler.instructions import (
     BroadcastState,
@@ -133,8 +133,20 @@ def _look_after(books: Books, pipeline: Pipeline, now_s: float) -> Iterator[Inst
         yield from _lose(books, pipeline, reason, now_s)
     elif pipeline.is_ready:
         yield from replacement.leave(books, pipeline, now_s)
+        yield from _regroup(books, pipeline, now_s)
     elif _all_ready(books, pipeline):
         yield from _become_ready(books, pipeline, now_s)
+
+
+def _regroup(books: Books, pipeline: Pipeline, now_s: float) -> Iterator[Instruction]:
+    if not pipeline.is_ready:
+        return
+    yield from regrouping.prepare(books, pipeline, now_s)
+    better = pipeline.better
+    if better is not None and regrouping.is_prepared(books, pipeline):
+        regrouping.give_up(pipeline)
+        pipeline.better = better
+        yield from _lose(books, pipeline, "a faster layer map is ready", now_s)
 
 
 def _part_lost(books: Books, pipeline: Pipeline, lost: dict[str, str], now_s: float) -> Iterator[Instruction]:

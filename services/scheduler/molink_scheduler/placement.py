@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from molink_common.messages import Dtype, ModelCard
 from molink_scheduler.placement_explained import mib, why_unable, why_unused, why_used
-from molink_scheduler.placement_forecast import Forecast, can_hold, is_worth_moving, predicted_step_s
+from molink_scheduler.placement_forecast import Forecast, can_hold, is_worth_moving
 from molink_scheduler.placement_pipelines import Planner
 from molink_scheduler.placement_sizes import Candidate, Roads, Sizes, are_measured, candidates_of
 from molink_scheduler.placement_values import LayerMap, Link, Offer, PlacedStage, Placement, PlacementSettings
@@ -29,7 +29,6 @@ __all__ = [
     "choose_dtype",
     "is_worth_moving",
     "place",
-    "predicted_step_s",
 ]
 
 

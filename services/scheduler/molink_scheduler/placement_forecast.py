@@ -33,14 +33,6 @@ class Forecast:
         links_s = [self._roads.step_s(a.offer, b.offer) for a, b in self._links(layer_map)]
         return max(*self.stages_s(layer_map), *links_s, 0.0)
 
-    def step_s(self, layer_map: LayerMap) -> float:
-        """One step through all stages and links. Raises as `bottleneck_s`."""
-        ways_s = [
-            self._roads.step_s(a.offer, b.offer) + self._roads.one_way_s(a.offer, b.offer)
-            for a, b in self._links(layer_map)
-        ]
-        return sum(self.stages_s(layer_map)) + sum(ways_s)
-
     def stages_s(self, layer_map: LayerMap) -> list[float]:
         """Of each stage, head first. Raises as `bottleneck_s`."""
         return [
@@ -59,24 +51,6 @@ class Forecast:
     def _links(self, layer_map: LayerMap) -> list[tuple[Candidate, Candidate]]:
         workers = [self._candidates[stage.worker] for stage in layer_map.stages]
         return list(pairwise(workers))
-
-
-def predicted_step_s(
-    layer_map: LayerMap,
-    offers: Sequence[Offer],
-    card: ModelCard,
-    *,
-    dtype: Dtype = Dtype.FLOAT32,
-    settings: PlacementSettings = _DEFAULT,
-) -> float:
-    """How long a decode step takes from the head's first layer to the tail's last, links included.
-
-    Compares layer maps over the same offers: give it all candidates for a replacement at once.
-
-    Raises:
-        KeyError: a worker of the map is not among the offers.
-    """
-    return Forecast(card, offers, dtype=dtype, settings=settings).step_s(layer_map)
 
 
 def can_hold(

@@ -89,7 +89,8 @@ def leave(books: Books, pipeline: Pipeline, now_s: float) -> Iterator[Instructio
         successor = best_for(books, layout, stage, idle_workers(books, now_s))
         if successor is None:
             continue
-        if has_loaded(successor, stage) or now_s - worker.leaving_since_s >= LEAVE_PATIENCE_S:
+        is_loaded = has_loaded(successor, (stage.first_layer, stage.last_layer))
+        if is_loaded or now_s - worker.leaving_since_s >= LEAVE_PATIENCE_S:
             yield from begin(books, pipeline, frozenset({worker.name}), f"worker {worker.name} is leaving", now_s)
             return  # one after the other: so the rest of the pipeline is whole each time
         yield from preload_first(books, stage, successor, now_s)

@@ -26,6 +26,9 @@ class SchedulerSettings(ServiceSettings):
         Literal["auto"] | Annotated[int, Field(ge=1)],
         Field(description="most pipelines side by side; auto: as many as idle workers can hold the whole model"),
     ] = "auto"
+    standbys: Annotated[
+        int, Field(ge=0, description="fit workers that hold no stage, for when one is lost, where the model fits so")
+    ] = 0
     dtype: Annotated[
         Literal["auto"] | Dtype,
         Field(description="float32, bfloat16, float16; auto: bfloat16 where every worker is best at it"),

@@ -31,14 +31,14 @@ def best_for(books: Books, layout: PipelineRecord, stage: StageRecord, among: li
 
     def worth(worker: Worker) -> tuple[bool, bool, int]:
         is_near = before is not None and worker.heartbeat.site == before.heartbeat.site
-        return has_loaded(worker, stage), is_near, worker.heartbeat.memory_bytes
+        return has_loaded(worker, held[:2]), is_near, worker.heartbeat.memory_bytes
 
     return max(able, key=worth, default=None)
 
 
-def has_loaded(worker: Worker, stage: StageRecord) -> bool:
-    """Whether the weights of exactly these layers are in its memory."""
-    return (stage.first_layer, stage.last_layer) in worker.heartbeat.preloaded
+def has_loaded(worker: Worker, layers: LayerRange) -> bool:
+    """Whether the weights of exactly these layers are in its memory, beside a stage at work."""
+    return layers in worker.heartbeat.preloaded
 
 
 def preload(books: Books, now_s: float) -> Iterator[Instruction]:
@@ -46,7 +46,10 @@ def preload(books: Books, now_s: float) -> Iterator[Instruction]:
     layouts = _layouts(books)
     if not layouts:
         return
-    idle = idle_workers(books, now_s)
+    spoken_for = {
+        stage.worker for one in books.pipelines.values() if one.better is not None for stage in one.better.stages
+    }
+    idle = [worker for worker in idle_workers(books, now_s) if worker.name not in spoken_for]
     first_of = Counter(worker.preload.layers[0] for worker in idle if worker.preload is not None)
     for worker in idle:
         if worker.preload is None or not _suits(worker.preload, layouts):
@@ -54,8 +57,15 @@ def preload(books: Books, now_s: float) -> Iterator[Instruction]:
             start = min(range(len(ranges)), key=lambda index: (first_of[ranges[index]], index))
             first_of[ranges[start]] += 1
             yield _tell(worker, _order(layouts, (*ranges[start:], *ranges[:start])), now_s)
-        elif not worker.preload_taken and now_s - worker.preload_told_s >= PRELOAD_AGAIN_S:
-            yield _tell(worker, worker.preload, now_s)
+        else:
+            yield from tell_to_preload(worker, worker.preload, now_s)
+
+
+def tell_to_preload(worker: Worker, wanted: PreloadStages, now_s: float) -> Iterator[Instruction]:
+    """Say it once, and again while no answer comes."""
+    is_heard = worker.preload_taken or now_s - worker.preload_told_s < PRELOAD_AGAIN_S
+    if worker.preload != wanted or not is_heard:
+        yield _tell(worker, wanted, now_s)
 
 
 def preload_first(books: Books, stage: StageRecord, worker: Worker, now_s: float) -> Iterator[Instruction]:
