@@ -1,0 +1,65 @@
+"""What is refused: the exception that a program catches, and what it tells."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import openai
+
+from tests.clients.openai_python.connection import client, user
+from tests.clients.reporting import MODEL, Checks, same
+
+
+def _refused(kind: type[openai.APIStatusError], **fields: Any) -> openai.APIStatusError:
+    """The exception of a chat with these fields."""
+    try:
+        client.chat.completions.create(**({"model": MODEL, "messages": user("Hi"), "max_tokens": 2} | fields))
+    except kind as error:
+        body = error.body
+        assert isinstance(body, dict), body
+        same(set(body), {"message", "type", "param", "code"}, "the error's keys")
+        return error
+    raise AssertionError(f"{fields} was not refused")
+
+
+def refused_model() -> str:
+    error = _refused(openai.NotFoundError, model="gpt-9")
+    same(error.code, "model_not_found", "code")
+    return error.message
+
+
+def refused_value() -> str:
+    error = _refused(openai.BadRequestError, temperature=3)
+    same(error.param, "temperature", "param")
+    return error.message
+
+
+def refused_context() -> str:
+    error = _refused(openai.BadRequestError, messages=user("word " * 9000))
+    same(error.code, "context_length_exceeded", "code")
+    return error.message
+
+
+def refused_schema() -> str:
+    error = _refused(
+        openai.BadRequestError,
+        response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}},
+    )
+    assert "response_format" in str(error.param), error.body
+    return error.message
+
+
+def refused_embeddings() -> str:
+    try:
+        client.embeddings.create(model=MODEL, input="Hi")
+    except openai.APIStatusError as error:
+        assert error.status_code in (400, 404, 501), error.status_code
+        assert "embeddings" in error.message, error.message
+        return f"{error.status_code}: {error.message}"
+    raise AssertionError("embeddings were not refused")
+
+
+def add_to(checks: Checks) -> None:
+    """Every check of this file."""
+    for check in (refused_model, refused_value, refused_context, refused_schema, refused_embeddings):
+        checks.add(check)
