@@ -18,6 +18,7 @@ from molink_gateway.cluster import Cluster, ServedModel
 from molink_gateway.exchange import Door, Exchange, Limits
 from molink_gateway.kept_responses import KeptResponses
 from molink_gateway.key_table import KeyTable
+from molink_gateway.openapi_document import document
 from molink_gateway.opening import Open, Openings
 from molink_gateway.responses_opening import ResponseOpenings
 from molink_gateway.responses_routes import add_kept_responses
@@ -51,6 +52,7 @@ def make_app(parts: Parts) -> FastAPI:
     _add_generation(app, parts)
     _add_models(app, parts)
     _add_health(app, parts)
+    _add_document(app)
     return app
 
 
@@ -177,3 +179,11 @@ def _add_health(app: FastAPI, parts: Parts) -> None:
     @app.api_route("/version", methods=_GET_OR_HEAD)
     async def version() -> Response:
         return _json({"version": __version__, "protocol": PROTOCOL_VERSION})
+
+
+def _add_document(app: FastAPI) -> None:
+    written = orjson.dumps(document())
+
+    @app.api_route("/openapi.json", methods=_GET_OR_HEAD)
+    async def openapi() -> Response:
+        return Response(written, media_type="application/json")
