@@ -80,6 +80,10 @@ def _logit_bias(value: Any) -> Any:
     return bias
 
 
+_TEXT_OF_PART = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+"""Which key of a content part of this type holds its text."""
+
+
 def _content(value: Any) -> Any:
     """Text, or a list of text parts, as one text. None stays None: only an assistant may have it."""
     if value is None or isinstance(value, str):
@@ -88,11 +92,13 @@ def _content(value: Any) -> Any:
         raise wrong("must be a string or a list of text parts")
     texts: list[str] = []
     for place, part in enumerate(value):
-        if isinstance(part, dict) and isinstance(part.get("type"), str) and part["type"] != "text":
-            raise not_supported(f"holds a part of type {part['type'][:40]!r} at {place}; only 'text' is supported")
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(kind, str) and kind not in _TEXT_OF_PART:
+            raise not_supported(f"holds a part of type {kind[:40]!r} at {place}; only 'text' is supported")
+        text = part.get(_TEXT_OF_PART[kind]) if isinstance(kind, str) else None
+        if not isinstance(text, str):
             raise wrong(f'must hold parts like {{"type": "text", "text": "…"}}, but part {place} is none')
-        texts.append(part["text"])
+        texts.append(text)
     return "".join(texts)
 
 
