@@ -2,6 +2,7 @@
 
     python -m bench.faults --kills 20 --seed 1 --json
     python -m bench.faults --kills 6 --kinds kill-head,kill-tail --logs /tmp/faults
+    python -m bench.faults --kills 4 --kinds kill-middle --link 100m30 --worker-flags "--journal 0B"
 
 The real system on this machine: NATS, Redis, two schedulers, two gateways, workers for one pipeline and an idle one,
 each a process. First every prompt is answered while nothing is broken; then clients ask the same prompts in closed
@@ -33,6 +34,7 @@ from bench.fault_lab.plan import WITHOUT_GATEWAYS, Fault, FaultKind, plan_faults
 from bench.fault_lab.prompts import Prompt, make_prompts
 from bench.fault_lab.report import is_clean, judge, pauses_of, report
 from bench.fault_lab.system import ChaosSystem, DidNotRun, running_system
+from bench.link_grid.cells import link_of
 from molink_common.errors import MolinkError
 from molink_common.service import run
 
@@ -55,6 +57,7 @@ async def main(arguments: argparse.Namespace) -> dict[str, Any]:
         plan = Plan(
             model=arguments.model,
             dtype=arguments.dtype,
+            link=link_of(arguments.link),
             workers=arguments.workers,
             stages=arguments.stages,
             scheduler_flags=tuple(arguments.scheduler_flags.split()),
@@ -214,6 +217,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--stages", type=int, default=3)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--link", default="lan", help="between workers, as 100m30: 100 Mbit/s, 30 ms there and back")
     parser.add_argument("--scheduler-flags", default="", help="beside our own, in one text")
     parser.add_argument("--worker-flags", default="", help="beside our own, in one text")
     parser.add_argument("--whole-within-s", type=float, default=120.0, help="longest wait after a fault")

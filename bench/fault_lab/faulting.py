@@ -25,6 +25,8 @@ class FaultSeen:
     whole_s: float
     """When everything was in its place again, or waiting for that was given up."""
     noticed_after_s: float | None
+    sent_bytes: int
+    """By all workers until then, the streams' own traffic among it."""
     was_warm: bool
     """Whether an idle worker had the stages in memory when it was done."""
     still_missing: str | None
@@ -37,10 +39,11 @@ async def do_fault(system: ChaosSystem, fault: Fault, *, whole_within_s: float) 
     if target is None:
         return None
     was_warm, log_sizes = await system.is_warm(), system.log_sizes()
+    sent_before = system.sent_bytes
     done_s, done_at_s = time.monotonic(), time.time()
     await _break_and_mend(system, fault, target)
     missing = await system.until_whole(whole_within_s)
-    whole_s = time.monotonic()
+    whole_s, sent_bytes = time.monotonic(), system.sent_bytes - sent_before
     if missing is None:
         await system.until_whole(_WARM_WITHIN_S, warm_within_s=_WARM_WITHIN_S)
     return FaultSeen(
@@ -48,6 +51,7 @@ async def do_fault(system: ChaosSystem, fault: Fault, *, whole_within_s: float) 
         target=target,
         done_s=done_s,
         whole_s=whole_s,
+        sent_bytes=sent_bytes,
         noticed_after_s=noticed_after_s(fault.kind, target, done_at_s, system.scheduler_events(log_sizes)),
         was_warm=was_warm,
         still_missing=missing,

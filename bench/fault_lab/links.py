@@ -27,6 +27,8 @@ class CuttableLink:
         self._mended = asyncio.Event()
         self._mended.set()
         self._ends: set[_End] = set()
+        self.sent_bytes = 0
+        """By the worker."""
         self.port = 0
         """Where the worker connects."""
 
@@ -120,6 +122,7 @@ class _End(asyncio.Protocol):
 
     def _hand_on(self, data: bytes) -> None:
         if self.peer is not None and self.peer._transport is not None:
+            self._link.sent_bytes += len(data) if self.is_near else 0
             self.peer._transport.write(data)
 
     def pause_writing(self) -> None:

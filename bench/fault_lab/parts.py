@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.netlab.topology import LinkSpec
 from molink.embedded import find_redis_server
 from molink.parts import Kind, Part
 from molink.supervisor import python_command
@@ -32,6 +33,8 @@ class Plan:
     scheduler_flags: tuple[str, ...] = ()
     gateway_flags: tuple[str, ...] = ()
     worker_flags: tuple[str, ...] = ()
+    link: LinkSpec | None = None
+    """From one worker to another, by way of NATS. Each worker's own link has half of its round trip."""
 
     @property
     def worker_names(self) -> tuple[str, ...]:

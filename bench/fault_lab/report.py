@@ -117,6 +117,7 @@ def _faults(judged: Sequence[Judged], faults: Sequence[FaultSeen]) -> dict[str, 
         "detection_max_s": _rounded(percentile(noticed, 1.0)),
         "not_noticed": len(faults) - len(noticed),
         "whole_p50_s": _rounded(percentile(whole, 0.5)),
+        "sent_mb": round(sum(fault.sent_bytes for fault in faults) / 1e6, 1),
         "not_whole": sum(1 for fault in faults if fault.still_missing is not None),
         "without_warm_standby": sum(1 for fault in faults if not fault.was_warm),
     }

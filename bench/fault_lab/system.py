@@ -18,6 +18,7 @@ from bench.fault_lab.links import CuttableLink, open_link
 from bench.fault_lab.noticing import Event, active_scheduler, read_events, standing_by
 from bench.fault_lab.parts import NATS, REDIS, Plan, cold_stages, nats_part, redis_part, service_parts, what_is_missing
 from bench.fault_lab.processes import DidNotRun, Processes
+from bench.netlab.proxy import open_proxy
 from molink.embedded import free_port, nats_command
 from molink_common import messages, subjects
 from molink_common.bus import Bus, BusSettings, Incoming, open_bus
@@ -47,6 +48,11 @@ class ChaosSystem:
         self._bus = bus
         self.accidents: list[str] = []
         """A sentence for each part that ended without having been killed."""
+
+    @property
+    def sent_bytes(self) -> int:
+        """By all workers since they began."""
+        return sum(link.sent_bytes for link in self.links.values())
 
     async def follow_heartbeats(self) -> None:
         """From now on `heartbeats` are the last ones."""
@@ -151,7 +157,18 @@ async def running_system(plan: Plan, logs: Path) -> AsyncIterator[ChaosSystem]:
     nats_port, redis_port = free_port(), free_port()
     gateway_ports = tuple(free_port() for _ in plan.gateway_names)
     async with contextlib.AsyncExitStack() as stack:
-        links = {name: await stack.enter_async_context(open_link(nats_port)) for name in plan.worker_names}
+        links: dict[str, CuttableLink] = {}
+        for name in plan.worker_names:
+            port = nats_port
+            if plan.link is not None:
+                slow = open_proxy(
+                    ("127.0.0.1", 0),
+                    ("127.0.0.1", nats_port),
+                    rate_bit_per_s=plan.link.rate_bit_per_s,
+                    round_trip_s=plan.link.round_trip_s / 2,
+                )
+                _, port = await stack.enter_async_context(slow)
+            links[name] = await stack.enter_async_context(open_link(port))
         processes = stack.enter_context(Processes.open())
         for part in (nats_part(logs, nats_port, nats_command(logs, nats_port)), redis_part(logs, redis_port)):
             processes.start(part)

@@ -137,6 +137,7 @@ def _fault(kind: FaultKind, done_s: float, whole_s: float, noticed: float | None
         done_s=done_s,
         whole_s=whole_s,
         noticed_after_s=noticed,
+        sent_bytes=0,
         was_warm=True,
         still_missing=None,
     )
