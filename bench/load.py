@@ -27,6 +27,8 @@ class StreamResult:
     completion_tokens: int
     finish_reason: str | None
     error: str | None = None
+    ended_s: float = 0.0
+    """When the answer had been read."""
 
     @property
     def ttft_s(self) -> float:
@@ -40,25 +42,32 @@ class StreamResult:
 
 
 async def stream_chat(
-    port: int, body: dict[str, object], *, hang_up_after: int | None = None, host: str = "127.0.0.1"
+    port: int,
+    body: dict[str, object],
+    *,
+    hang_up_after: int | None = None,
+    host: str = "127.0.0.1",
+    key: str | None = None,
 ) -> StreamResult:
-    """One streamed chat completion; closes the connection after `hang_up_after` chunks if given.
+    """One streamed chat completion; closes the connection after `hang_up_after` chunks if given. `key` is an API key.
 
     Raises:
         TimeoutError: no end within ten minutes.
         OSError: the connection broke.
     """
     async with asyncio.timeout(_TIMEOUT_S):
-        return await _stream_chat(host, port, body, hang_up_after)
+        return await _stream_chat(host, port, body, hang_up_after, key)
 
 
-async def _stream_chat(host: str, port: int, body: dict[str, object], hang_up_after: int | None) -> StreamResult:
+async def _stream_chat(
+    host: str, port: int, body: dict[str, object], hang_up_after: int | None, key: str | None
+) -> StreamResult:
     request = {**body, "stream": True, "stream_options": {"include_usage": True}}
     started = time.perf_counter()
     times: list[float] = []
     text: list[str] = []
     usage, finish, error = 0, None, None
-    async with _posted(host, port, "/v1/chat/completions", request) as (status, reader):
+    async with _posted(host, port, "/v1/chat/completions", request, key) as (status, reader):
         while line := await reader.readline():
             if status != 200:
                 error = (error or "") + line.decode(errors="replace")
@@ -80,7 +89,7 @@ async def _stream_chat(host: str, port: int, body: dict[str, object], hang_up_af
                 break
     return StreamResult(
         status=status, started_s=started, token_times_s=tuple(times), text="".join(text),
-        completion_tokens=usage, finish_reason=finish, error=error,
+        completion_tokens=usage, finish_reason=finish, error=error, ended_s=time.perf_counter(),
     )  # fmt: skip
 
 
@@ -137,12 +146,13 @@ async def trace_completion(
 
 @contextlib.asynccontextmanager
 async def _posted(
-    host: str, port: int, path: str, body: dict[str, object]
+    host: str, port: int, path: str, body: dict[str, object], key: str | None = None
 ) -> AsyncIterator[tuple[int, asyncio.StreamReader]]:
     """The status of the answer, and its body to be read line by line. The connection is closed at the end."""
     payload = orjson.dumps(body)
+    who = "" if key is None else f"Authorization: Bearer {key}\r\n"
     head = (
-        f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n{who}"
         f"Content-Length: {len(payload)}\r\nConnection: close\r\n\r\n"
     ).encode()
     reader, writer = await asyncio.open_connection(host, port, limit=1 << 20)

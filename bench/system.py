@@ -7,9 +7,10 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import httpx
 
@@ -40,8 +41,12 @@ class RunningSystem:
 
 
 @contextlib.asynccontextmanager
-async def running_system(log: Path, flags: Sequence[str]) -> AsyncIterator[RunningSystem]:
+async def running_system(
+    log: Path, flags: Sequence[str], environment: Mapping[str, str] = MappingProxyType({})
+) -> AsyncIterator[RunningSystem]:
     """Start ``molink up`` with `flags`, wait until it can answer, and stop it at the end.
+
+    `environment` is for settings of the services that are no flags of ``molink up``.
 
     Raises:
         RuntimeError: it ended or was not ready in time; the message carries its last lines.
@@ -54,7 +59,12 @@ async def running_system(log: Path, flags: Sequence[str]) -> AsyncIterator[Runni
     command = [sys.executable, "-m", "molink", "up", "--port", str(port), "--no-sample", *flags]
     with log.open("wb") as out:
         process = await asyncio.create_subprocess_exec(
-            *command, stdin=asyncio.subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+            *command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+            env={**os.environ, **environment},
         )
     try:
         await _until_ready(process, port, log)
