@@ -86,6 +86,11 @@ class Choice:
         self.is_cut_short = False
         """A stop string was met before the pipeline knew of an end: the sequence must be cancelled."""
 
+    @property
+    def met(self) -> str | None:
+        """The stop string that ended the answer, if one did."""
+        return self._stops.met
+
     def feed(self, event: TokenEvent) -> Delta:
         """What the next token adds. After the end, nothing."""
         if self.finish is not None:

@@ -18,6 +18,8 @@ class StopStrings:
         self._keeps_stop = keeps_stop
         self._held = ""
         self.is_met = False
+        self.met: str | None = None
+        """The one that was met."""
 
     @property
     def held(self) -> str:
@@ -39,6 +41,7 @@ class StopStrings:
             self.is_met = True
             self._held = ""
             start, end = cut
+            self.met = buffer[start:end]
             return buffer[: end if self._keeps_stop else start]
         sure = len(buffer) - self._length_held_back(buffer)
         self._held = buffer[sure:]
