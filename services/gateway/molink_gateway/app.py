@@ -18,8 +18,11 @@ from molink_gateway.cluster import Cluster, ServedModel
 from molink_gateway.exchange import Door, Exchange, Limits
 from molink_gateway.kept_responses import KeptResponses
 from molink_gateway.key_table import KeyTable
+from molink_gateway.messages_opening import MessageOpenings
+from molink_gateway.messages_routes import add_messages
 from molink_gateway.openapi_document import document
 from molink_gateway.opening import Open, Openings
+from molink_gateway.request_body import ClientGone
 from molink_gateway.responses_opening import ResponseOpenings
 from molink_gateway.responses_routes import add_kept_responses
 from molink_gateway.sequences import Sequences
@@ -70,6 +73,10 @@ def _add_error_shapes(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def of_ours(_: Request, error: ApiError) -> Response:
         return _error(error)
+
+    @app.exception_handler(ClientGone)
+    async def of_nobody(_: Request, __: ClientGone) -> Response:
+        return Response(status_code=400)  # nobody reads it
 
     @app.exception_handler(RequestValidationError)
     async def of_validation(_: Request, error: RequestValidationError) -> Response:
@@ -128,6 +135,7 @@ def _add_generation(app: FastAPI, parts: Parts) -> None:
         return exchange(lambda asked: openings.stream(asked, stream_id))
 
     add_kept_responses(app, parts.kept)
+    add_messages(app, MessageOpenings(openings), limits, exchange)
     add_tokens(app, parts.cluster, openings, limits)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from molink_common import __version__
+from molink_gateway.messages_request import CountRequest, MessagesRequest
 from molink_gateway.openapi_schemas import ANSWER_SCHEMAS, Schema, request_schemas
 from molink_gateway.requests import ChatRequest, CompletionRequest
 from molink_gateway.responses_request import ResponsesRequest
@@ -34,7 +35,15 @@ _WITH_BODY = (400, 404, 408, 413, *_LOCKED)
 
 def document() -> dict[str, Any]:
     """The document, in version 3.1 of OpenAPI."""
-    requests = request_schemas(ChatRequest, CompletionRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest)
+    requests = request_schemas(
+        ChatRequest,
+        CompletionRequest,
+        ResponsesRequest,
+        MessagesRequest,
+        CountRequest,
+        TokenizeRequest,
+        DetokenizeRequest,
+    )
     return {
         "openapi": "3.1.0",
         "info": {
@@ -101,6 +110,27 @@ def _paths() -> dict[str, Any]:
             ],
             "get": _operation("listInputItems", "What a response answers.", "ResponseItems", of_response),
         },
+        "/v1/messages": {
+            "post": _operation(
+                "createMessage",
+                "Answer a chat, in Anthropic's shape.",
+                "Message",
+                _WITH_BODY,
+                body="MessagesRequest",
+                streams=True,
+                error="MessagesError",
+            )
+        },
+        "/v1/messages/count_tokens": {
+            "post": _operation(
+                "countTokens",
+                "How many tokens a message has.",
+                "TokenCount",
+                _WITH_BODY,
+                body="CountRequest",
+                error="MessagesError",
+            )
+        },
         "/v1/streams/{stream}": {
             "parameters": [
                 _parameter("stream", "path", {"type": "string"}, "from the header `X-MoLink-Stream`"),
@@ -136,6 +166,7 @@ def _operation(
     body: str | None = None,
     streams: bool = False,
     tells_object: bool = False,
+    error: str = "Error",
 ) -> dict[str, Any]:
     content: dict[str, Any] = {}
     if answer is not None or tells_object:
@@ -146,17 +177,23 @@ def _operation(
     if content:
         described = "The answer. " + _STREAM if streams else "The answer."
         responses["200"] = {"description": described, "headers": _REQUEST_ID, "content": content}
-    responses |= {str(status): _error(status, "Readiness" if name == "ready" else "Error") for status in sorted(errors)}
+    responses |= {
+        str(status): _error(status, "Readiness" if name == "ready" and status == 503 else error)
+        for status in sorted(errors)
+    }
     operation: dict[str, Any] = {"operationId": name, "summary": summary, "responses": responses}
     if body is not None:
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _named(body)}}}
     return operation
 
 
-def _error(status: int, of_503: str) -> dict[str, Any]:
+def _error(status: int, schema: str) -> dict[str, Any]:
     headers = _REQUEST_ID | (_RETRY_AFTER if status in (429, 503) else {})
-    schema = _named(of_503 if status == 503 else "Error")
-    return {"description": _ERRORS[status], "headers": headers, "content": {"application/json": {"schema": schema}}}
+    return {
+        "description": _ERRORS[status],
+        "headers": headers,
+        "content": {"application/json": {"schema": _named(schema)}},
+    }
 
 
 def _parameter(name: str, place: str, schema: Schema, description: str) -> dict[str, Any]:

@@ -67,6 +67,11 @@ _INPUT_ITEM: Schema = {
     ]
 }
 
+_TEXT_BLOCK = _answer({"type": {"const": "text"}, "text": _TEXT})
+_TEXT_OR_BLOCKS: Schema = {"anyOf": [_TEXT, _list_of(_TEXT_BLOCK)]}
+_TOOL_USE = _answer({"type": {"const": "tool_use"}, "id": _TEXT, "name": _TEXT, "input": {"type": "object"}})
+_TOOL_RESULT = _answer({"type": {"const": "tool_result"}, "tool_use_id": _TEXT}, {"content": _TEXT_OR_BLOCKS})
+
 #: By the name of the check: what it takes.
 _SHAPES: dict[str, Schema] = {
     "_stop_strings": {
@@ -113,6 +118,8 @@ _SHAPES: dict[str, Schema] = {
         ]
     },
     "items_of": {"anyOf": [_TEXT, _list_of(_INPUT_ITEM, minItems=1, maxItems=2048)]},
+    "blocks_of": {"anyOf": [_TEXT, _list_of({"anyOf": [_TEXT_BLOCK, _TOOL_USE, _TOOL_RESULT]})]},
+    "system_of": _or_null(_TEXT_OR_BLOCKS),
     "_metadata": _or_null(
         {
             "type": "object",
@@ -285,6 +292,20 @@ ANSWER_SCHEMAS: dict[str, Schema] = {
             "has_more": {"type": "boolean"},
         }
     ),
+    "Message": _answer(
+        {
+            "id": _TEXT,
+            "type": {"const": "message"},
+            "role": {"const": "assistant"},
+            "model": _TEXT,
+            "content": _list_of({"oneOf": [_TEXT_BLOCK, _TOOL_USE]}),
+            "stop_reason": {"enum": ["end_turn", "max_tokens", "stop_sequence", "tool_use"]},
+            "stop_sequence": _or_null(_TEXT),
+            "usage": _answer({"input_tokens": _COUNT, "output_tokens": _COUNT, "cache_read_input_tokens": _COUNT}),
+        }
+    ),
+    "MessagesError": _answer({"type": {"const": "error"}, "error": _answer({"type": _TEXT, "message": _TEXT})}),
+    "TokenCount": _answer({"input_tokens": _COUNT}),
     "DeletedResponse": _answer({"id": _TEXT, "object": {"const": "response"}, "deleted": {"const": True}}),
     "Model": _MODEL,
     "Models": _answer({"object": {"const": "list"}, "data": _list_of(_MODEL)}),

@@ -27,6 +27,7 @@ from molink_gateway.exchange import Door
 from molink_gateway.kept_responses import KeptResponses
 from molink_gateway.key_table import KeyTable
 from molink_gateway.mailbox import Patience
+from molink_gateway.messages_errors import MessagesErrors
 from molink_gateway.sequences import Sequences
 from molink_gateway.settings import GatewaySettings
 
@@ -130,7 +131,7 @@ def _is_loopback(opened: socket.socket) -> bool:
 
 def _layers(parts: Parts) -> ASGIApp:
     """The routes behind what every request passes: the log, a browser's questions, the keys."""
-    app: ASGIApp = KeyGuard(make_app(parts), parts.doorkeeper)
+    app: ASGIApp = MessagesErrors(KeyGuard(make_app(parts), parts.doorkeeper))
     if parts.settings.cors_origins:
         app = CORSMiddleware(
             app,

@@ -10,15 +10,14 @@ import orjson
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from pydantic import Field, ValidationError
-from starlette.datastructures import Headers
 
 from molink_gateway.access_log import record_of
 from molink_gateway.api_errors import bad_request
+from molink_gateway.asking import asked_by
 from molink_gateway.cluster import Cluster, ServedModel
 from molink_gateway.exchange import Limits
 from molink_gateway.opening import Asked, Openings
 from molink_gateway.options import check_vocabulary
-from molink_gateway.request_body import ClientGone, read_body
 from molink_gateway.request_fields import Fields
 from molink_gateway.requests import complaint, json_object_in
 
@@ -47,11 +46,6 @@ class DetokenizeRequest(Fields):
 def add_tokens(app: FastAPI, cluster: Cluster, openings: Openings, limits: Limits) -> None:
     """The two routes. A chat is tokenized as it would be for an answer, so it must leave room for one."""
 
-    async def body_of(request: Request) -> bytes:
-        return await read_body(
-            request.scope, request.receive, limit_bytes=limits.body_bytes, timeout_s=limits.body_timeout_s
-        )
-
     def model_of(name: str | None, request: Request) -> ServedModel:
         model = cluster.require_any_model() if name is None else cluster.require_model(name)
         record_of(request.scope).model = model.card.name
@@ -68,15 +62,11 @@ def add_tokens(app: FastAPI, cluster: Cluster, openings: Openings, limits: Limit
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
-        try:
-            body = await body_of(request)
-        except ClientGone:
-            return Response(status_code=400)  # nobody reads it
-        asked = _parsed(TokenizeRequest, body)
+        chat = await asked_by(request, limits)
+        asked = _parsed(TokenizeRequest, chat.body)
         if (asked.prompt is None) == (asked.messages is None):
             raise bad_request("Give either `prompt` or `messages`.", param="prompt")
         model = model_of(asked.model, request)
-        chat = Asked(body=body, headers=Headers(scope=request.scope), record=record_of(request.scope), trace=None)
         tokens = await tokens_of(asked, model, chat)
         texts = [model.tokenizer.text_of(token).text for token in tokens] if asked.return_token_strs else None
         return _json(
@@ -90,11 +80,7 @@ def add_tokens(app: FastAPI, cluster: Cluster, openings: Openings, limits: Limit
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
-        try:
-            body = await body_of(request)
-        except ClientGone:
-            return Response(status_code=400)  # nobody reads it
-        asked = _parsed(DetokenizeRequest, body)
+        asked = _parsed(DetokenizeRequest, (await asked_by(request, limits)).body)
         model = model_of(asked.model, request)
         check_vocabulary(asked.tokens, model.card.vocabulary_size, "tokens")
         return _json({"prompt": await asyncio.to_thread(model.tokenizer.decode_all, asked.tokens)})
