@@ -1,6 +1,6 @@
 """Clients as users have them, unchanged, against one real system: `make test-clients`.
 
-    python -m tests.clients.run                                    every client, on a system started for it
+    python -m tests.clients.run                                    every client, on a system started for it, with a key
     python -m tests.clients.run --only openai-python,litellm       these
     python -m tests.clients.run --base-url http://127.0.0.1:8000   on a system that runs already
     python -m tests.clients.run --prepare                          only set their environments up
@@ -16,14 +16,13 @@ import contextlib
 import os
 import signal
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
-from bench.system import running_system
 from tests.clients.catalogue import ROOT, Client, chosen
 from tests.clients.environments import Environments, NoEnvironment, version_of
 from tests.clients.outcomes import Outcome, judged, line_of, read_outcome, table
+from tests.clients.started import Server, started_server
 
 _LAST_WORDS = 600
 
@@ -40,27 +39,26 @@ async def main(arguments: argparse.Namespace, clients: Sequence[Client]) -> bool
             outcomes.append(Outcome(client=client.name, check="environment", ok=False, detail=str(missing)))
             print(line_of(outcomes[-1]), flush=True)
     if commands and not arguments.prepare:
-        async with _system(arguments) as url:
+        async with _server(arguments) as server:
             for client, command in commands.items():
-                outcomes += await _run_client(client, command, f"{url}/v1", arguments)
+                outcomes += await _run_client(client, command, server, arguments)
     print("\n" + table(outcomes, {client.name: version_of(client) for client in clients}))
     return all(outcome.ok for outcome in outcomes)
 
 
 @contextlib.asynccontextmanager
-async def _system(arguments: argparse.Namespace) -> AsyncIterator[str]:
-    """The address of the system to try."""
+async def _server(arguments: argparse.Namespace) -> AsyncIterator[Server]:
+    """The server to try: the one that was named, or one started for this run."""
     if arguments.base_url is not None:
-        yield arguments.base_url.rstrip("/").removesuffix("/v1")
+        yield Server(url=arguments.base_url.rstrip("/").removesuffix("/v1"), api_key=arguments.api_key)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        print("starting a system", flush=True)
-        async with running_system(Path(folder) / "up.log", ["--model", arguments.model]) as system:
-            yield system.url
+    print("starting a system", flush=True)
+    async with started_server(arguments.model) as server:
+        yield server
 
 
 async def _run_client(
-    client: Client, command: tuple[str, ...], base_url: str, arguments: argparse.Namespace
+    client: Client, command: tuple[str, ...], server: Server, arguments: argparse.Namespace
 ) -> list[Outcome]:
     """What its program told, line by line as it comes; it is ended when it takes too long."""
     print(f"{client.name} {version_of(client)}", flush=True)
@@ -69,7 +67,7 @@ async def _run_client(
         *command,
         *arguments.check,
         cwd=ROOT,
-        env=_environment(base_url, arguments),
+        env=_environment(server, arguments),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
@@ -100,15 +98,13 @@ async def _run_client(
     return told
 
 
-def _environment(base_url: str, arguments: argparse.Namespace) -> dict[str, str]:
+def _environment(server: Server, arguments: argparse.Namespace) -> dict[str, str]:
     """Ours without what would lead a client elsewhere, and where the server is."""
-    inherited = {
-        key: value for key, value in os.environ.items() if not key.startswith(("OPENAI_", "PYTHON", "MOLINK_"))
-    }
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("OPENAI_", "PYTHON"))}
     return inherited | {
-        "CLIENT_BASE_URL": base_url,
+        "CLIENT_BASE_URL": f"{server.url}/v1",
         "CLIENT_MODEL": arguments.served_name,
-        "CLIENT_API_KEY": arguments.api_key,
+        "CLIENT_API_KEY": server.api_key,
         "NO_PROXY": "127.0.0.1,localhost",
         "PYTHONUNBUFFERED": "1",
         # LiteLLM asks the Internet for prices when it is imported
@@ -123,7 +119,7 @@ def _parsed(words: Sequence[str] | None = None) -> tuple[argparse.Namespace, tup
     parser.add_argument("--base-url", help="a system that runs already; else one is started")
     parser.add_argument("--model", default="demo", help="what the started system serves")
     parser.add_argument("--served-name", default="demo", help="the model's name in requests")
-    parser.add_argument("--api-key", default="unused", help="for a system with keys")
+    parser.add_argument("--api-key", default="unused", help="for a system that runs already and wants one")
     parser.add_argument("--cache", type=Path, default=ROOT / ".clients", help="folder for the environments")
     parser.add_argument("--prepare", action="store_true", help="set the environments up, and no more")
     arguments = parser.parse_args(words)

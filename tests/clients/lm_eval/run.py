@@ -85,7 +85,9 @@ class Harness:
 
     @cached_property
     def _status(self) -> dict[str, Any]:
-        with urllib.request.urlopen(f"{BASE_URL.rstrip('/').removesuffix('/v1')}/molink/status", timeout=30) as answer:
+        url = f"{BASE_URL.rstrip('/').removesuffix('/v1')}/molink/status"
+        request = urllib.request.Request(url, headers={"Authorization": f"Bearer {API_KEY}"})
+        with urllib.request.urlopen(request, timeout=30) as answer:
             status: dict[str, Any] = json.load(answer)
         return status
 

@@ -7,7 +7,7 @@ from typing import Any
 import openai
 
 from tests.clients.openai_python.connection import client, user
-from tests.clients.reporting import MODEL, Checks, same
+from tests.clients.reporting import API_KEY, MODEL, Checks, same
 
 
 def _refused(kind: type[openai.APIStatusError], **fields: Any) -> openai.APIStatusError:
@@ -26,6 +26,19 @@ def refused_model() -> str:
     error = _refused(openai.NotFoundError, model="gpt-9")
     same(error.code, "model_not_found", "code")
     return error.message
+
+
+def refused_key() -> str:
+    """Whoever has no valid key, where keys are asked for; a server without keys is open."""
+    stranger = client.with_options(api_key="sk-of-nobody")
+    if API_KEY == "unused":
+        return f"the server is open: {[model.id for model in stranger.models.list()]}"
+    try:
+        stranger.models.list()
+    except openai.AuthenticationError as error:
+        same(error.code, "invalid_api_key", "code")
+        return error.message
+    raise AssertionError("a wrong key was not refused")
 
 
 def refused_value() -> str:
@@ -61,5 +74,5 @@ def refused_embeddings() -> str:
 
 def add_to(checks: Checks) -> None:
     """Every check of this file."""
-    for check in (refused_model, refused_value, refused_context, refused_schema, refused_embeddings):
+    for check in (refused_key, refused_model, refused_value, refused_context, refused_schema, refused_embeddings):
         checks.add(check)
