@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from molink_common.identity import sequence_id
-from molink_common.messages import StartSequence, StepTokens
-from molink_common.sampling import SamplingOptions
+from molink_common.messages import StartSequence, StepTokens, encode
+from molink_common.sampling import MAX_TOP_LOGPROBS, SamplingOptions
 from molink_common.wire import Logits
 from molink_stage_worker.batch_plan import BatchLimits, BatchPlan, StepPlan
 from molink_stage_worker.batching import Batcher
@@ -122,6 +122,15 @@ def test_a_token_that_cannot_be_is_told_as_the_least_number() -> None:
     assert told is not None
     assert told.logprobs[0] == pytest.approx(-3.4e38)
     assert told.likeliest == ((),)
+
+
+def test_what_a_step_tells_at_most_fits_into_a_message() -> None:
+    logits_RV = torch.randn(MOST_LOGIT_ROWS, 60_000, generator=torch.Generator().manual_seed(3))
+    prompt = range(59_000, 59_000 + MOST_LOGIT_ROWS + 1)
+    part = told_by(logits_RV, sequence=NAME, prompt=prompt, start=0, likeliest=MAX_TOP_LOGPROBS)
+    assert part is not None
+    step = StepTokens(pipeline=1, epoch=1, step=1, prompt_logprobs=(part,))
+    assert len(encode(step)) < 2**20 // 4  # NATS takes a MiB where nobody says more
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

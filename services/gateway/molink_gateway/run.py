@@ -131,4 +131,6 @@ class Run:
 def _telling_the_prompt(one: SubmitSequence, sequence: SequenceId) -> SubmitSequence:
     """The same prompt under another id, for its log probabilities alone."""
     options = SamplingOptions(max_tokens=1, temperature=0.0, prompt_logprobs=one.options.prompt_logprobs)
-    return one.model_copy(update={"sequence": sequence, "options": options, "resume_state": None})
+    # a request counts once against what its key allows
+    changes = {"sequence": sequence, "options": options, "resume_state": None, "choice": max(one.choice, 1)}
+    return one.model_copy(update=changes)
