@@ -70,12 +70,23 @@ def json_schema_grammar(schema: Any, *, param: str, strict: bool = True, manners
     Raises:
         ApiError: 400, with `param`.
     """
+    text = unchecked_json_schema_grammar(schema, param=param, strict=strict, manners=manners)
+    return _compiled(text, "the JSON schema", param)
+
+
+def unchecked_json_schema_grammar(
+    schema: Any, *, param: str, strict: bool = True, manners: dict[str, Any] | None = None
+) -> str:
+    """The same, not compiled yet, which is safe to do: for a larger grammar that this becomes a part of.
+
+    Raises:
+        ApiError: 400, the schema is too deep or too large.
+    """
     if not isinstance(schema, dict):
         raise bad_request(f"`{param}` must hold a JSON schema, which is an object.", param=param)
     _check_schema_depth(schema, param)
     options = {"whitespace_pattern": _WHITESPACE} | (manners or {}) | ({} if strict else _LENIENT)
-    text = _within_limit(LLMatcher.grammar_from_json_schema(orjson.dumps(schema).decode(), None, options), param)
-    return _compiled(text, "the JSON schema", param)
+    return _within_limit(LLMatcher.grammar_from_json_schema(orjson.dumps(schema).decode(), None, options), param)
 
 
 def lark_grammar(lark: str, *, param: str) -> str:

@@ -15,11 +15,14 @@ from llguidance import LLMatcher
 from molink_common.sampling import MAX_GRAMMAR_CHARACTERS
 from molink_gateway.api_errors import bad_request
 from molink_gateway.call_formats import CallFormat
-from molink_gateway.grammar import COMPILER_LIMITS, json_schema_grammar
+from molink_gateway.grammar import COMPILER_LIMITS, json_schema_grammar, unchecked_json_schema_grammar
 from molink_gateway.tools import Function, ToolPlan
 
 MOST_FORCED_CALLS = 16
 """In one answer: a small model may find no end otherwise."""
+
+_MOST_BLAMED = 16
+"""Functions that are looked at one by one when all together make no grammar: each takes its time."""
 
 _FORCED = """start: {calls}
 """
@@ -81,27 +84,45 @@ def _grammar(start: str, plan: ToolPlan, form: CallFormat, answer: str | None = 
     key = "parameters" if form is CallFormat.LLAMA else "arguments"
     lark = start + "call: " + " | ".join(f"call_{place}" for place in range(len(plan.functions))) + "\n"
     parts: list[dict[str, Any]] = []
-    for place, (function, told) in enumerate(zip(plan.functions, plan.places, strict=True)):
+    schemas = _schemas(plan)
+    for place, (function, (param, schema)) in enumerate(zip(plan.functions, schemas, strict=True)):
         begin = json.dumps(f'{{"name": "{function.name}", "{key}": ')
         lark += f'call_{place}: {line}{begin} @arguments_{place} "}}"\n'
-        parts.append(_named(f"arguments_{place}", _arguments(function, f"tools[{told}].function.parameters")))
+        arguments = unchecked_json_schema_grammar(schema, param=param, strict=bool(function.strict))
+        parts.append(_named(f"arguments_{place}", arguments))
     if answer is not None:
         parts.append(_named("answer", answer))
     text = orjson.dumps({"grammars": [{"name": "calls", "lark_grammar": lark}, *parts]}).decode()
+    if len(text) > MAX_GRAMMAR_CHARACTERS:
+        raise bad_request(
+            f"`tools` is too large for a grammar: {len(text)} characters, where at most {MAX_GRAMMAR_CHARACTERS} are "
+            "possible. Offer fewer tools, or let the model choose freely.",
+            param="tools",
+        )
     is_wrong, complaints = LLMatcher.validate_grammar_with_warnings(text, limits=COMPILER_LIMITS)
-    if is_wrong or len(text) > MAX_GRAMMAR_CHARACTERS:
-        why = complaints[0].splitlines()[0] if is_wrong else "it is too large"
-        raise bad_request(f"`tools` together make no grammar that can be followed: {why[:300]}", param="tools")
+    if is_wrong:
+        for function, (param, schema) in zip(plan.functions[:_MOST_BLAMED], schemas, strict=False):
+            json_schema_grammar(schema, param=param, strict=bool(function.strict))  # says which one it is, and why
+        why = complaints[0].splitlines()[0][:300]
+        raise bad_request(f"`tools` together make no grammar that can be followed: {why}", param="tools")
     return text
 
 
-def _arguments(function: Function, param: str) -> str:
+def _schemas(plan: ToolPlan) -> list[tuple[str, dict[str, Any]]]:
+    """Of each function: the field, and the schema that its arguments follow."""
+    return [
+        (f"tools[{place}].function.parameters", _arguments(function))
+        for place, function in zip(plan.places, plan.functions, strict=True)
+    ]
+
+
+def _arguments(function: Function) -> dict[str, Any]:
     schema = {**function.parameters}
     if "$ref" not in schema:
         schema.setdefault("type", "object")
     if "properties" in schema:  # what a function does not know it can seldom take
         schema.setdefault("additionalProperties", False)
-    return json_schema_grammar(schema, param=param, strict=bool(function.strict))
+    return schema
 
 
 def _named(name: str, grammar: str) -> dict[str, Any]:
