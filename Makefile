@@ -10,7 +10,7 @@ ARGS ?=
 TORCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help up down test test-clients test-compose lint check bench links soak faults clean
+.PHONY: help up down test test-clients test-compose lint check bench links soak load-curve fairness faults clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,12 @@ links: $(VENV)/.has-dev ## weak links, next to LAN and the baselines; needs root
 
 soak: $(VENV)/.has-dev ## 200 streaming clients for five minutes, then look for leaks
 	$(BIN)/python -m bench.soak $(ARGS)
+
+load-curve: $(VENV)/.has-dev ## rising load: throughput, waiting, refusals; ARGS="--json --plot docs/load-curve.png"
+	$(BIN)/python -m bench.overload $(ARGS)
+
+fairness: $(VENV)/.has-dev ## two keys, one of which floods: how long the other one waits
+	$(BIN)/python -m bench.fairness $(ARGS)
 
 faults: $(VENV)/.has-dev ## kill, stop and cut parts at random under streaming clients; ARGS="--kills 20 --seed 1"
 	$(BIN)/python -m bench.faults $(ARGS)
