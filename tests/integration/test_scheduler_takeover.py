@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
+from bench.fault_lab.links import open_link
 from molink.embedded import EmbeddedServer, start_nats, start_redis
 from molink_common import subjects
 from molink_common.bus import BusSettings, NatsBus, open_bus, serve
@@ -141,9 +142,11 @@ class Stand:
         self.worker = OneWorker(bus)
         self.schedulers: list[OneScheduler] = []
 
-    async def start_scheduler(self, is_told: bytes) -> OneScheduler:
+    async def start_scheduler(self, is_told: bytes, *, redis_port: int | None = None) -> OneScheduler:
         """Started, and it has logged this."""
         nats_url, redis_url = self._urls
+        if redis_port is not None:
+            redis_url = f"redis://127.0.0.1:{redis_port}/0"
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "molink_scheduler", "--nats-url", nats_url, "--redis-url", redis_url,
             "--settle-s", "0", "--stage-overhead-bytes", "0", stderr=asyncio.subprocess.PIPE,
@@ -299,6 +302,24 @@ async def test_a_frozen_scheduler_that_was_replaced_wakes_and_does_nothing(stand
     await frozen.until_logged(b"scheduler active")
     await stand.until_state(lambda state: state.ready and state.sequences == 1)
     assert (await stand.term()).startswith("3 ")
+
+
+async def test_a_scheduler_that_alone_is_cut_off_from_redis_stands_by_when_another_takes_over(
+    stand: Stand, redis_server: EmbeddedServer
+) -> None:
+    async with open_link(redis_server.port) as link:
+        alone = await stand.start_scheduler(b"scheduler active", redis_port=link.port)
+        other = await stand.start_scheduler(b"standing by")
+        await stand.until_state(lambda state: state.ready)
+        link.close()
+        await other.until_logged(b"scheduler active")
+        await alone.until_logged(b"another scheduler has taken over")
+        assignments = len(stand.worker.assignments)
+        sequence = await stand.submit()
+        await stand.worker.speak(sequence, 0, FinishReason.STOP)
+        await stand.until_gone(f"molink:v1:sequence:{sequence}")
+        assert len(stand.worker.assignments) == assignments
+        assert [start.sequence for start in stand.worker.starts] == [sequence], "told once, by one of them"
 
 
 @contextlib.asynccontextmanager

@@ -8,6 +8,7 @@ what it writes, since every write names its term. And it does nothing else befor
 own clock, its last renewal is too old to be sure of.
 
 While the store does not answer, an active scheduler goes on. It alone may know what the store will need to be told.
+Where it alone is cut off from the store, another one takes over: it hears so on the bus, and stands by.
 """
 
 from __future__ import annotations

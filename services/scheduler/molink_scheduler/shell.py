@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
@@ -23,6 +24,7 @@ from molink_common.messages import (
     AskKeys,
     AskState,
     CancelSequence,
+    ClusterState,
     Failed,
     GatewayAlive,
     Heartbeat,
@@ -97,7 +99,7 @@ async def serve_scheduler(settings: SchedulerSettings, bus: Bus, store: Store, s
     timeout_s = settings.redis_connect_timeout_s
     newest = 0
     while (term := await wait_for_term(store, owner, stop, connect_timeout_s=timeout_s, above=newest)) is not None:
-        newest = term.number
+        newest, timeout_s = term.number, math.inf  # who has been active waits for as long as it takes
         try:
             await Scheduler(settings, bus, Tenure(store, term)).run(stop)
         except* LeaseLost:
@@ -125,6 +127,7 @@ class Scheduler:
         self._outbox: asyncio.Queue[tuple[Respond | str, Message]] = asyncio.Queue(_OUTBOX_MESSAGES)
         self._replies: dict[int, Respond] = {}
         self._reply_numbers = count()
+        self._newest_term = tenure.term.number
         self._tasks: asyncio.TaskGroup
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -144,6 +147,8 @@ class Scheduler:
                 log.info("scheduler active", model=self._settings.model, sequences=len(snapshot.sequences))
                 async with self._listening():
                     while not stop.is_set():
+                        if self._newest_term > self._tenure.term.number:
+                            raise LeaseLost("another scheduler says so")
                         self._post(Tick(self._bus.is_connected, time.time()))
                         await _wait(stop, TICK_S)
                 raise _Stopped  # noqa: TRY301  the group has no other way to end its tasks
@@ -168,6 +173,7 @@ class Scheduler:
                 await serve(bus, subjects.ALL_GATEWAYS_ALIVE, self._hear_gateway, GatewayAlive),
                 await serve(bus, subjects.JOIN, self._hear_join, JoinPool),
                 await serve(bus, subjects.STATUS, self._hear_status, AskState),
+                await serve(bus, subjects.STATE, self._hear_state, ClusterState),
             ):
                 subscriptions.push_async_callback(subscription.close)
             yield
@@ -205,7 +211,7 @@ class Scheduler:
                 log.warning("sequence failed", sequence=failed.sequence, problem=failed.message)
                 self._send(subjects.gateway_failures(gateway), failed)
             case BroadcastState():
-                self._send(subjects.STATE, self._machine.state(now_s=self._now_s()))
+                self._send(subjects.STATE, self._state())
             case NoteLoss(worker, reason, silent_s):
                 log.warning("worker lost", worker=worker, reason=reason, silent_s=round(silent_s, 3))
             case _:
@@ -253,8 +259,10 @@ class Scheduler:
     async def _hear_change_of_keys(self, incoming: Incoming) -> None:
         order, reply = self._question(incoming, AddKey, RevokeKey)
         if isinstance(order, AddKey):
+            log.info("a key is to be added", key=order.key.id, name=order.key.name)
             self._post(KeyAddAsked(order.key, reply))
         elif isinstance(order, RevokeKey):
+            log.info("a key is to be revoked", key=order.key)
             self._post(KeyRevokeAsked(order.key, reply))
 
     def _question(self, incoming: Incoming, *kinds: type[M]) -> tuple[M | None, int]:
@@ -294,4 +302,11 @@ class Scheduler:
         return Welcome(model=self._settings.model)
 
     async def _hear_status(self, _: AskState) -> Message:
-        return self._machine.state(now_s=self._now_s())
+        return self._state()
+
+    async def _hear_state(self, state: ClusterState) -> None:
+        """Of the active scheduler. If that is another one, this one is cut off from the store alone."""
+        self._newest_term = max(self._newest_term, state.term)
+
+    def _state(self) -> ClusterState:
+        return self._machine.state(now_s=self._now_s()).model_copy(update={"term": self._tenure.term.number})

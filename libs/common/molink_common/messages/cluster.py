@@ -64,6 +64,8 @@ class ClusterState(Message):
     card: ModelCard | None = None
     workers: tuple[WorkerState, ...] = ()
     pipelines: tuple[PipelineState, ...] = ()
+    term: Count = 0
+    """Of the scheduler that says this. One of a higher term has taken over from it."""
     sequences: Count = 0
     max_sequences: Count = 0
     keys_revision: str = ""
