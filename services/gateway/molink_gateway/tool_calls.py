@@ -8,16 +8,14 @@ then on its arguments are told as the model writes them: whole only if the model
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 from molink_gateway.call_formats import MARKERS, CallFormat
+from molink_gateway.call_object import CallObject, Progress
 from molink_gateway.json_members import Members, Scan
 
-_ARGUMENTS = ("arguments", "parameters")
-_BESIDE = ("", "name", "id", "type")
 _MOST_NAME_CHARACTERS = 160
 
 
@@ -149,15 +147,10 @@ class CallReader:
         self._has_bracket = False
         self._raw = raw
         """All that becomes text again if it is no call."""
-        self._members = Members()
-        self._name: str | None = None
-        self._value = ""
-        self._early_arguments = ""
+        self._name = ""
+        self._call = CallObject(self._functions)
+        self._arguments = Members()
         self._is_call = False
-        self._is_quoted = False
-        """The arguments are a string that holds JSON."""
-        self._has_arguments = False
-        self._has_whole_arguments = False
 
     def _take_back(self, character: str = "") -> None:
         """It is no call: what was held back is text, and so is what comes."""
@@ -186,118 +179,53 @@ class CallReader:
     def _in_name(self, character: str) -> None:
         if character != "{":
             self._raw += character
-            self._value += character
-            if len(self._value) > _MOST_NAME_CHARACTERS or character in '"\n':
+            self._name += character
+            if len(self._name) > _MOST_NAME_CHARACTERS or character in '"\n':
                 self._take_back()
             return
-        self._name = self._value.split("[")[0].strip()
-        if self._name not in self._functions:
+        name = self._name.split("[")[0].strip()
+        if name not in self._functions:
             self._take_back(character)
             return
-        self._commit()
+        self._tell(CallDelta(self.num_calls, name=name))
         self._at = _At.ARGUMENTS
         self._in_arguments(character)
 
-    def _in_envelope(self, character: str) -> None:
-        scan = self._members.feed(character)
+    def _in_arguments(self, character: str) -> None:
+        scan = self._arguments.feed(character)
+        if scan is not Scan.WRONG:
+            self._tell(CallDelta(self.num_calls, arguments=character))
+        if scan in (Scan.WRONG, Scan.END):
+            self._end_call()
         if scan is Scan.WRONG:
-            if self._is_call:
+            self._behind(character)
+
+    def _in_envelope(self, character: str) -> None:
+        progress = self._call.feed(character)
+        new = self._call.take_new()
+        if new is not None:
+            name, arguments = new
+            self._tell(CallDelta(self.num_calls, name, arguments))
+        elif not self._is_call and progress is not Progress.NO_JSON:
+            self._raw += character
+        match progress:
+            case Progress.ON:
+                return
+            case Progress.NO_CALL:
+                self._take_back()
+            case Progress.NO_JSON:
+                self._take_back(character)
+            case Progress.END:
+                self._end_call()
+            case Progress.OVER:
                 self._end_call()
                 self._behind(character)
-            else:
-                self._take_back(character)
-            return
-        if not self._is_call:
-            self._raw += character
-        fits = True
-        if self._members.key == "name":
-            fits = self._read_name(character, scan)
-        elif self._members.key in _ARGUMENTS:
-            fits = self._has_whole_arguments or self._read_arguments(character, scan)
-        elif self._members.key not in _BESIDE:
-            fits = self._is_call
-        if not fits:
-            self._take_back()
-        elif scan is Scan.END:
-            if not self._is_call and self._name is not None:
-                self._commit()
-            if self._is_call:
-                self._end_call()
-            else:
-                self._take_back()
 
-    def _read_name(self, character: str, scan: Scan) -> bool:
-        """Whether it may still be a call."""
-        if scan is Scan.VALUE:
-            if not self._value and character != '"':
-                return False
-            self._value += character
-        if not self._members.has_whole_value:
-            return True
-        value, self._value = self._value, ""
-        if self._is_call:  # a second name
-            return True
-        try:
-            self._name = json.loads(value)
-        except ValueError:
-            return False
-        if self._name not in self._functions:
-            return False
-        if self._early_arguments:
-            self._commit()
-        return True
-
-    def _read_arguments(self, character: str, scan: Scan) -> bool:
-        if scan is Scan.VALUE and not self._is_quoted:
-            if not self._value:  # the first character
-                self._value = character
-                self._is_quoted = character == '"'
-                if character not in '{"n':
-                    return False
-                if character != "{":
-                    return True
-                if self._name is not None and not self._is_call:
-                    self._commit()
-            if self._value[0] == "{":
-                self._tell_arguments(character)
-        elif scan is Scan.VALUE:
-            self._value += character
-        if self._members.has_whole_value:
-            if self._is_quoted:
-                try:
-                    arguments = str(json.loads(self._value))
-                except ValueError:
-                    return self._is_call
-                if self._name is not None and not self._is_call:
-                    self._commit()
-                self._tell_arguments(arguments.strip() or "{}")
-            self._value, self._is_quoted, self._has_whole_arguments = "", False, True
-        return True
-
-    def _tell_arguments(self, text: str) -> None:
-        if self._is_call:
-            self._has_arguments = True
-            self._grow(CallDelta(self.num_calls, arguments=text))
-        else:
-            self._early_arguments += text
-
-    def _in_arguments(self, character: str) -> None:
-        scan = self._members.feed(character)
-        if scan is Scan.WRONG:
-            self._end_call()
-            self._behind(character)
-            return
-        self._tell_arguments(character)
-        if scan is Scan.END:
-            self._end_call()
-
-    def _commit(self) -> None:
-        """It is a call."""
+    def _tell(self, delta: CallDelta) -> None:
+        """It is a call: nothing of it becomes text again."""
         self._is_call = True
         self._raw = self._spaces = ""
-        self._grow(CallDelta(self.num_calls, name=self._name))
-        if self._early_arguments:
-            self._tell_arguments(self._early_arguments)
+        self._grow(delta)
 
     def _grow(self, delta: CallDelta) -> None:
         if self._calls and self._calls[-1].index == delta.index:
@@ -307,8 +235,6 @@ class CallReader:
             self._calls.append(delta)
 
     def _end_call(self) -> None:
-        if not self._has_arguments:
-            self._tell_arguments("{}")
         self.num_calls += 1
         self._at = _At.BEHIND
         self._is_behind_call = True
