@@ -55,7 +55,7 @@ class ResponseHead:
             "output": output,
             "parallel_tool_calls": request.parallel_tool_calls is not False,
             "previous_response_id": request.previous_response_id,
-            "reasoning": {"effort": None, "summary": None},
+            "reasoning": {"effort": request.reasoning and request.reasoning.effort, "summary": None},
             "service_tier": "default",
             "store": request.is_kept,
             "temperature": 1.0 if request.temperature is None else request.temperature,

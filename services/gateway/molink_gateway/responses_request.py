@@ -35,8 +35,14 @@ PASSED_ON = (
     "min_tokens",
     "ignore_eos",
     "priority",
+    "include_stop_str_in_output",
+    "skip_special_tokens",
     "chat_template_kwargs",
     "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
 )
 
 #: Fields that would change the answer, with the values that ask for nothing.
@@ -71,6 +77,12 @@ class TextConfig(Fields):
     format: dict[str, Any] | None = None
 
 
+class Reasoning(Fields):
+    """How hard the model is to think, for chat templates that know it."""
+
+    effort: str | None = None
+
+
 class ResponsesRequest(Fields):
     """``POST /v1/responses``."""
 
@@ -87,6 +99,7 @@ class ResponsesRequest(Fields):
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     include: list[str] | None = None
+    reasoning: Reasoning | None = None
     metadata: Metadata = Field(default_factory=dict)
     store: bool | None = None
     stream: bool | None = None
@@ -150,6 +163,8 @@ def chat_body(request: ResponsesRequest, passed_on: dict[str, Any], context: lis
         body["max_completion_tokens"] = request.max_output_tokens
     if request.tells_logprobs:
         body |= {"logprobs": True, "top_logprobs": request.top_logprobs or 0}
+    if request.reasoning is not None and request.reasoning.effort is not None:
+        body["reasoning_effort"] = request.reasoning.effort
     if request.wanted_format != {"type": "text"}:
         body["response_format"] = _response_format(request.wanted_format)
     if request.tools:
