@@ -47,6 +47,7 @@ from molink_common.messages import (
 from molink_gateway.listening import listen
 from molink_gateway.server import serve as serve_gateway
 from molink_gateway.settings import GatewaySettings
+from molink_scheduler.response_shelf import MemoryShelf, keeping_responses
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
@@ -218,9 +219,10 @@ class FakePool:
             await serve(self.bus, subjects.ALL_GATEWAYS_ALIVE, self._alive, GatewayAlive),
             await serve(self.bus, subjects.files("w1"), self._file, FetchFile),
         ]
-        await self.bus.flush()
         try:
-            yield
+            async with keeping_responses(self.bus, MemoryShelf()):
+                await self.bus.flush()
+                yield
         finally:
             for subscription in subscriptions:
                 await subscription.close()
@@ -338,3 +340,5 @@ async def test_the_gateway_becomes_healthy_and_lives(bus: NatsBus, nats_server: 
     async with fake_pool(bus, tmp_path) as pool, ready_gateway(nats_server, gateway_id="g1") as client:
         assert await asyncio.wait_for(pool.alive.get(), 5) == "g1"
         assert (await client.get("/ready")).json() == {"status": "ok", "reason": "ready"}
+        assert (await client.get("/health")).json() == {"status": "ok", "ready": True, "reason": "ready"}
+        assert (await client.head("/ready")).status_code == 200
