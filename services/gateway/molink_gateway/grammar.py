@@ -18,6 +18,7 @@ import orjson
 from llguidance import LLMatcher, LLParserLimits
 from llguidance.gbnf_to_lark import any_to_lark
 
+from molink_common.deep_stack import call_on_deep_stack
 from molink_common.sampling import MAX_GRAMMAR_CHARACTERS
 from molink_gateway.api_errors import ApiError, bad_request
 
@@ -30,9 +31,9 @@ GUIDED_FIELDS = {
 """The names that vLLM's fields had before they were put into `structured_outputs`, and where they stand there."""
 
 MAX_CHOICE_STRINGS = 4096
-_MAX_RULES = 256
-_MAX_DEPTH = 512
-"""Of a schema with everything that it refers to, laid end to end."""
+_MAX_RULES = 2048
+_MAX_DEPTH = 2048
+"""Levels of a schema with everything that it refers to laid end to end. The compiler takes some 16 KiB for each."""
 _MAX_NESTING = 100
 _WHITESPACE = r"[ \t\n\r]{1,64}"
 """Between a JSON text's parts. Without an end, a small model may fill its whole answer with it."""
@@ -96,8 +97,8 @@ def lark_grammar(lark: str, *, param: str) -> str:
         ApiError: 400, with `param`.
     """
     rules = lark.count(":")
-    if "%json" not in lark and rules > _MAX_RULES:
-        raise bad_request(f"`{param}` has {rules} rules; a grammar may have at most {_MAX_RULES}.", param=param)
+    if rules > _MAX_RULES:
+        raise bad_request(f"`{param}` has {rules} colons; a grammar may have at most {_MAX_RULES}.", param=param)
     return _compiled(_in_json(lark, param), "the grammar", param)
 
 
@@ -249,10 +250,18 @@ def _within_limit(text: str, param: str) -> str:
 
 
 def _compiled(text: str, what: str, param: str) -> str:
-    is_wrong, complaints = LLMatcher.validate_grammar_with_warnings(text, limits=COMPILER_LIMITS)
-    if is_wrong:
-        raise _complaint(_first_lines(complaints[0]), what, param)
+    said = compiler_says(text)
+    if said is not None:
+        raise _complaint(said, what, param)
     return text
+
+
+def compiler_says(text: str) -> str | None:
+    """What is wrong with a grammar, in one line; None: nothing is."""
+    is_wrong, complaints = call_on_deep_stack(
+        lambda: LLMatcher.validate_grammar_with_warnings(text, limits=COMPILER_LIMITS)
+    )
+    return _first_lines(complaints[0]) if is_wrong else None
 
 
 def _complaint(said: str, what: str, param: str) -> ApiError:
@@ -292,7 +301,7 @@ def _check_schema_depth(schema: dict[str, Any], param: str) -> None:
             if isinstance(one.get(key), str)
         }
         level = [inner for one in level for inner in _parts(one)]
-    if len(references) * nesting > _MAX_DEPTH * 8:
+    if len(references) * nesting > _MAX_DEPTH:
         raise bad_request(
             f"`{param}` has {len(references)} references with up to {nesting} levels each, which is more than can be "
             "followed. Use fewer definitions, or nest them less.",

@@ -10,12 +10,11 @@ import json
 from typing import Any
 
 import orjson
-from llguidance import LLMatcher
 
 from molink_common.sampling import MAX_GRAMMAR_CHARACTERS
 from molink_gateway.api_errors import bad_request
 from molink_gateway.call_formats import CallFormat
-from molink_gateway.grammar import COMPILER_LIMITS, json_schema_grammar, unchecked_json_schema_grammar
+from molink_gateway.grammar import compiler_says, json_schema_grammar, unchecked_json_schema_grammar
 from molink_gateway.tools import Function, ToolPlan
 
 MOST_FORCED_CALLS = 16
@@ -99,11 +98,10 @@ def _grammar(start: str, plan: ToolPlan, form: CallFormat, answer: str | None = 
             "possible. Offer fewer tools, or let the model choose freely.",
             param="tools",
         )
-    is_wrong, complaints = LLMatcher.validate_grammar_with_warnings(text, limits=COMPILER_LIMITS)
-    if is_wrong:
+    why = compiler_says(text)
+    if why is not None:
         for function, (param, schema) in zip(plan.functions[:_MOST_BLAMED], schemas, strict=False):
             json_schema_grammar(schema, param=param, strict=bool(function.strict))  # says which one it is, and why
-        why = complaints[0].splitlines()[0][:300]
         raise bad_request(f"`tools` together make no grammar that can be followed: {why}", param="tools")
     return text
 
