@@ -24,7 +24,8 @@ export async function run(client, checks) {
       detail = await checks[name]();
     } catch (error) {
       ok = false;
-      const place = /client\.mjs:\d+/.exec(error?.stack ?? '')?.[0];
+      const frames = (error?.stack ?? '').split('\n').filter(frame => !frame.includes('node_modules'));
+      const place = /client\.mjs:\d+/.exec(frames.join('\n'))?.[0];
       detail = `${place ? `${place}: ` : ''}${error?.name}: ${error?.message}`;
       if (error?.responseBody) detail += ` ${error.responseBody}`;
     }

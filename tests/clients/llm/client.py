@@ -34,6 +34,7 @@ MODELS = f"""
 
 _PROGRAM = Path(sys.executable).with_name("llm")
 _home = tempfile.TemporaryDirectory(prefix="molink-llm-")
+Path(_home.name, "extra-openai-models.yaml").write_text(MODELS)
 
 
 def _llm(*arguments: str) -> str:
