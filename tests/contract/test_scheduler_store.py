@@ -8,11 +8,21 @@ import pytest
 from redis.asyncio import Redis
 
 from molink.embedded import EmbeddedServer, free_port
-from molink_common.messages import Dtype
-from molink_scheduler.instructions import AppendTokens, DeleteSequence, SavePipeline, SaveSequence, SaveWorker, Write
+from molink_common.messages import ApiKey, Dtype, KeyLimits, hash_of_secret
+from molink_scheduler.instructions import (
+    AppendTokens,
+    DeleteKey,
+    DeleteSequence,
+    SaveKey,
+    SavePipeline,
+    SaveSequence,
+    SaveUsage,
+    SaveWorker,
+    Write,
+)
 from molink_scheduler.lease import Tenure
 from molink_scheduler.memory_store import MemoryStore
-from molink_scheduler.records import PipelineRecord, SequenceRecord, Snapshot, StageRecord, StoredSequence
+from molink_scheduler.records import KeyUsage, PipelineRecord, SequenceRecord, Snapshot, StageRecord, StoredSequence
 from molink_scheduler.store import LeaseLost, LeaseState, Store, StoreForgetful, StoreUnavailable, Term, open_store
 from tests.scheduler_builders import make_card, make_heartbeat, make_request
 
@@ -61,6 +71,13 @@ def layout_of(epoch: int) -> PipelineRecord:
     )
 
 
+def key_of(name: str, **changes: int) -> ApiKey:
+    limits = KeyLimits(requests_per_minute=3, tokens_per_day=10**9)
+    return ApiKey(
+        id=f"key-{name}", name=name, secret_sha256=hash_of_secret(name), created_s=5, limits=limits
+    ).model_copy(update=changes)
+
+
 async def test_an_empty_store_is_an_empty_snapshot(active: Tenure) -> None:
     assert await active.load() == Snapshot()
 
@@ -99,6 +116,15 @@ async def test_a_deleted_sequence_leaves_nothing(active: Tenure) -> None:
     assert await active.load() == Snapshot()
     await active.write([SaveSequence(record_of(S1))])
     assert (await active.load()).sequences == (StoredSequence(record=record_of(S1), tokens=()),)
+
+
+async def test_keys_and_what_they_have_used_are_kept_and_forgotten_together(active: Tenure) -> None:
+    used = [KeyUsage(key="key-a", day=1, tokens=5), KeyUsage(key="key-b", day=1, tokens=6)]
+    await active.write([SaveKey(key_of("b")), SaveKey(key_of("a")), *(SaveUsage(one) for one in used)])
+    assert await active.load() == Snapshot(keys=(key_of("a"), key_of("b")), usage=tuple(used))
+    again = KeyUsage(key="key-b", day=2, tokens=1)
+    await active.write([SaveKey(key_of("b", revoked_s=9)), SaveUsage(again), DeleteKey("key-a"), DeleteKey("key-c")])
+    assert await active.load() == Snapshot(keys=(key_of("b", revoked_s=9),), usage=(again,))
 
 
 async def test_epochs_only_rise(active: Tenure) -> None:
@@ -140,7 +166,8 @@ async def test_in_a_newer_term_nothing_of_the_old_one_gets_in(store: Store) -> N
     before = await store.load(term=term)
     for write in (
         SaveSequence(record_of(S2)), AppendTokens(S1, 1, (2,)), DeleteSequence(S1),
-        SavePipeline(layout_of(1)), SaveWorker(make_heartbeat("w1")),
+        SavePipeline(layout_of(1)), SaveWorker(make_heartbeat("w1")), SaveKey(key_of("a")), DeleteKey("key-a"),
+        SaveUsage(KeyUsage(key="key-a", day=1, tokens=1)),
     ):  # fmt: skip
         with pytest.raises(LeaseLost):
             await old.write([write])
@@ -189,6 +216,8 @@ async def test_every_key_is_documented_and_expires_as_it_should(redis_server: Em
                 AppendTokens(S1, 0, (1,)),
                 SavePipeline(layout_of(1)),
                 SaveWorker(make_heartbeat("w1")),
+                SaveKey(key_of("a")),
+                SaveUsage(KeyUsage(key="key-a", day=1, tokens=5)),
             ],
             term=term,
         )
@@ -200,9 +229,11 @@ async def test_every_key_is_documented_and_expires_as_it_should(redis_server: Em
     assert expiry.pop(f"molink:v1:tokens:{S1}") in (3599, 3600)
     assert expiry == {
         "molink:v1:epoch": -1,
+        "molink:v1:keys": -1,
         "molink:v1:pipeline:1": -1,
         "molink:v1:sequences": -1,
         "molink:v1:term": -1,
+        "molink:v1:usage": -1,
     }
 
 
@@ -213,6 +244,7 @@ async def test_values_that_do_not_parse_are_left_out_and_cleaned_up(redis_server
     await client.set(f"molink:v1:sequence:{S1}", b'{"request": 1}')
     await client.set("molink:v1:pipeline:1", b"\xff")
     await client.set("molink:v1:worker:w", b"[]")
+    await client.hset("molink:v1:keys", "k", b'{"id": "k"}')  # type: ignore[misc]
     async with open_store(redis_server.url) as store:
         assert await (await tenure_of(store)).load() == Snapshot()
     assert await client.keys("molink:v1:sequence*") == []

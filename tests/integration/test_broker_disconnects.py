@@ -201,7 +201,11 @@ async def test_every_broker_of_a_cluster_hears_of_every_client(tmp_path: Path) -
 async def test_the_brokers_of_the_containers_do_the_same(tmp_path: Path) -> None:
     ports = {"0.0.0.0:4222": free_port(), "127.0.0.1:8222": free_port(), "0.0.0.0:7422": free_port()}
     hub, leaf = tmp_path / "hub", tmp_path / "leaf"
-    user = {"MOLINK_NATS_USER": POOL.user, "MOLINK_NATS_PASSWORD": POOL.password}
+    user = {
+        "MOLINK_NATS_USER": POOL.user,
+        "MOLINK_NATS_PASSWORD": POOL.password,
+        "NATS_OPERATOR_PASSWORD": "secret2",
+    }
     join = deployed(hub, "nats-join.conf", ports)
     away = {"0.0.0.0:4222": free_port(), "127.0.0.1:8222": free_port()}
     there = deployed(leaf, "nats-site.conf", away)

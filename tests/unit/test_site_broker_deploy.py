@@ -75,7 +75,12 @@ def test_the_server_takes_the_files(tmp_path: Path, name: str) -> None:
     (tmp_path / "limits.conf").write_text((DEPLOY / "nats-limits.conf").read_text())
     (tmp_path / name).write_text((DEPLOY / name).read_text())
     url = '"nats-leaf://pool:secret@hub:7422"'  # as docker-compose.site.yml puts it together
-    environment = {"MOLINK_NATS_USER": "pool", "MOLINK_NATS_PASSWORD": "secret", "NATS_HUB_URL": url}
+    environment = {
+        "MOLINK_NATS_USER": "pool",
+        "MOLINK_NATS_PASSWORD": "secret",
+        "NATS_OPERATOR_PASSWORD": "secret2",
+        "NATS_HUB_URL": url,
+    }
     command = [str(find_nats_server()), "-c", str(tmp_path / name), "-t"]
     checked = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
     assert checked.returncode == 0, checked.stderr

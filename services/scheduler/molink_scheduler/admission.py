@@ -58,7 +58,13 @@ def _why_limited(request: SubmitSequence, books: Books, now_s: float) -> Refused
     limited = books.keys.why_limited(request, tenants, now_s)
     if limited is None:
         return None
-    return _refusal(request, limited.code, limited.message, retry_after_s=limited.retry_after_s)
+    return Refused(
+        sequence=request.sequence,
+        code=limited.code,
+        message=limited.message,
+        retry_after_s=limited.retry_after_s,
+        holds_s=limited.holds_s,
+    )
 
 
 def _why_no_room(request: SubmitSequence, books: Books, now_s: float) -> Refused | None:

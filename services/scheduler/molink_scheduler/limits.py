@@ -15,6 +15,8 @@ DAY_S = 86400.0
 _MINUTE_S = 60.0
 _RETRY_CONCURRENT_S = 1.0
 """When one of its own sequences ends is nothing that a tenant can be told beforehand."""
+_HOLDS_AT_MOST_S = 0.5
+"""A gateway that answers by itself so long is hardly later than the scheduler would be."""
 _ALMOST = 1e-9
 """A bucket that has filled for just as long as was said holds a request, whatever the rounding."""
 
@@ -26,6 +28,8 @@ class Limited:
     code: RefusalCode
     message: str
     retry_after_s: float
+    holds_s: float | None = None
+    """For so long nothing that the tenant does changes the answer."""
 
 
 @dataclass(slots=True)
@@ -74,10 +78,12 @@ def why_limited(
     """
     quota, day = limits.tokens_per_day, int(utc_s // DAY_S)
     if quota is not None and account.tokens_on(day) >= quota:
+        until_midnight_s = DAY_S - utc_s % DAY_S
         return Limited(
             code=RefusalCode.QUOTA,
             message=f"this key's {quota} tokens of today are used up; the next ones come at midnight UTC",
-            retry_after_s=DAY_S - utc_s % DAY_S,
+            retry_after_s=until_midnight_s,
+            holds_s=min(until_midnight_s, _HOLDS_AT_MOST_S),
         )
     if limits.concurrent is not None and num_running >= limits.concurrent:
         return Limited(
@@ -94,5 +100,6 @@ def why_limited(
                 code=RefusalCode.RATE_LIMITED,
                 message=f"this key allows {rate} requests a minute; the next one may come in {retry_after_s:.2f} s",
                 retry_after_s=retry_after_s,
+                holds_s=min(retry_after_s, _HOLDS_AT_MOST_S),
             )
     return None
