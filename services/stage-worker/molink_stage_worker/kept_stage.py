@@ -5,14 +5,17 @@ The engine with its KV blocks, the head's books, what was sent to the next stage
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 from molink_common.messages import AssignStage, ModelCard, Scheduling
 from molink_stage_worker.batch_plan import BatchLimits
 from molink_stage_worker.batching import Batcher
 from molink_stage_worker.compute import StageCompute
 from molink_stage_worker.engine.interface import Engine
+from molink_stage_worker.grammars import Grammars
 from molink_stage_worker.head_desk import HeadDesk
 from molink_stage_worker.journal import Journal
 from molink_stage_worker.planning.observation import Demand
@@ -53,17 +56,27 @@ class KeptStage:
 
 
 def make_stage(
-    assignment: AssignStage, card: ModelCard, engine: Engine, executor: ThreadPoolExecutor, limits: StageLimits
+    assignment: AssignStage,
+    card: ModelCard,
+    engine: Engine,
+    executor: ThreadPoolExecutor,
+    limits: StageLimits,
+    folder: Callable[[], Path],
 ) -> KeptStage:
-    """A stage that knows no sequence yet."""
+    """A stage that knows no sequence yet. `folder` gives the model's tokenizer, if grammars ask for it."""
     is_tail = assignment.index == assignment.num_stages - 1
-    sampler = Sampler(eos_token_ids=card.eos_token_ids, vocabulary_size=card.vocabulary_size) if is_tail else None
+    sampler = _make_sampler(card, folder) if is_tail else None
     return KeptStage(
         compute=StageCompute(engine, sampler, codec=CODECS[assignment.codec]),
         desk=_make_desk(assignment, card, limits) if assignment.index == 0 else None,
         journal=None if is_tail else Journal(limits.journal_bytes),
         executor=executor,
     )
+
+
+def _make_sampler(card: ModelCard, folder: Callable[[], Path]) -> Sampler:
+    grammars = Grammars(folder, fingerprint=card.fingerprint, eos_token_ids=card.eos_token_ids)
+    return Sampler(eos_token_ids=card.eos_token_ids, vocabulary_size=card.vocabulary_size, follow=grammars.follow)
 
 
 def why_not_continued(held: AssignStage | None, order: AssignStage) -> str | None:

@@ -22,11 +22,15 @@ from dataclasses import dataclass, field
 
 import torch
 
+from molink_common.logs import get_logger
 from molink_common.messages import FinishReason, TokenEvent, TokenLogprob
 from molink_common.sampling import SamplingOptions
 from molink_common.wire import Opening
+from molink_stage_worker.grammars import Follow, Follower, GrammarFailed, follow_nothing
 from molink_stage_worker.noise import token_key
 from molink_stage_worker.race import exponentials
+
+log = get_logger("worker.sampling")
 
 _LIKELIEST = (64, 1024)
 """Top-p is settled among so many tokens if they hold enough of the mass; sorting all of V takes far longer."""
@@ -48,16 +52,26 @@ class _State:
     """Of generated tokens."""
     prompt_ids: tuple[int, ...] = ()
     """Distinct ones; kept only if the repetition penalty needs them."""
+    cached_tokens: int = 0
+    """Of the prompt; told with the first token."""
+
+    follower: Follower | None = None
+    """If there is a grammar."""
 
     @property
     def holds_stops_back(self) -> bool:
-        return bool(self.stops) and len(self.generated) < self.options.min_tokens
+        if not self.stops:
+            return False
+        is_too_short = len(self.generated) < self.options.min_tokens
+        return is_too_short or (self.follower is not None and self.options.ignore_eos)
 
 
 class Sampler:
     """Holds what it must know of every open sequence. Calls come from one thread."""
 
-    def __init__(self, *, eos_token_ids: Sequence[int], vocabulary_size: int) -> None:
+    def __init__(self, *, eos_token_ids: Sequence[int], vocabulary_size: int, follow: Follow | None = None) -> None:
+        """Without `follow`, sequences that ask for a grammar fail."""
+        self._follow = follow or follow_nothing
         self._eos_token_ids = frozenset(eos_token_ids)
         self._vocabulary_size = vocabulary_size
         self._states: dict[str, _State] = {}
@@ -66,7 +80,10 @@ class Sampler:
         """Know a sequence, or know it anew."""
         options = opening.options
         penalizes = bool(options.presence_penalty or options.frequency_penalty or options.repetition_penalty != 1.0)
-        stops = frozenset(options.stop_token_ids) | (frozenset() if options.ignore_eos else self._eos_token_ids)
+        # the end of a grammar is the end of the answer, whoever ignores what
+        follower = None if options.grammar is None else self._follow(options.grammar, opening.generated)
+        ends = follower is not None or not options.ignore_eos
+        stops = frozenset(options.stop_token_ids) | (self._eos_token_ids if ends else frozenset())
         self._states[opening.sequence] = _State(
             id=opening.sequence,
             options=options,
@@ -77,6 +94,8 @@ class Sampler:
             bends_logits=penalizes or bool(options.logit_bias),
             counts=Counter(opening.generated) if penalizes else Counter(),
             prompt_ids=tuple(sorted(set(opening.prompt))) if options.repetition_penalty != 1.0 else (),
+            cached_tokens=opening.cached_tokens,
+            follower=follower,
         )
 
     def knows(self, sequence: str) -> bool:
@@ -124,6 +143,8 @@ class Sampler:
                     sound.remove(row)
                 else:
                     choices[row] = token
+        for row in sound:
+            _tell_grammar(states[row], choices[row])
         logprobs = self._logprobs(logits_RV, states, [row for row in sound if _wants_logprobs(states[row])], choices)
         return [_advance(states[row], choices[row], logprobs.get(row)) for row in sound], failed
 
@@ -131,6 +152,8 @@ class Sampler:
         """Tokens of the rows that need more than the largest raw logit; None where nothing is left to choose."""
         logits_GV = logits_RV[rows].float()  # a copy: the raw logits are still wanted for log probabilities
         for place, row in enumerate(rows):
+            if (follower := states[row].follower) is not None:
+                _keep_to_grammar(logits_GV[place], follower, states[row].id)
             if states[row].bends_logits or states[row].holds_stops_back:
                 _bend(logits_GV[place], states[row])
         choices = logits_GV.argmax(dim=-1).tolist()
@@ -235,11 +258,32 @@ def _bend(logits_V: torch.Tensor, state: _State) -> None:
     if bias:
         logits_V[torch.tensor(list(bias), device=device)] += torch.tensor(list(bias.values()), device=device)
     if state.holds_stops_back:
-        logits_V[torch.tensor(sorted(state.stops), device=device)] = -math.inf
+        stops = torch.tensor(sorted(state.stops), device=device)
+        values = logits_V[stops]
+        logits_V[stops] = -math.inf
+        if state.follower is not None and not math.isfinite(float(logits_V.max())):
+            logits_V[stops] = values  # the grammar leaves nothing but the end
+
+
+def _keep_to_grammar(logits_V: torch.Tensor, follower: Follower, sequence: str) -> None:
+    """Take what the grammar does not allow out of a row, in place; everything if the grammar has failed."""
+    try:
+        forbidden_V = follower.mask().forbidden(logits_V.shape[0], logits_V.device)
+    except GrammarFailed as error:
+        log.warning("a sequence is given up: its grammar failed", sequence=sequence, problem=str(error))
+        logits_V.fill_(-math.inf)
+    else:
+        logits_V.masked_fill_(forbidden_V, -math.inf)
+
+
+def _tell_grammar(state: _State, token: int) -> None:
+    """As early as can be: what may come next is worked out while the token goes round the pipeline."""
+    if state.follower is not None and token not in state.stops:
+        state.follower.took(token)
 
 
 def _needs_work(state: _State) -> bool:
-    return state.bends_logits or not state.options.is_greedy or state.holds_stops_back
+    return state.follower is not None or state.bends_logits or not state.options.is_greedy or state.holds_stops_back
 
 
 def _wants_logprobs(state: _State) -> bool:
@@ -273,4 +317,5 @@ def _advance(state: _State, token: int, logprob: tuple[float, tuple[TokenLogprob
         finish=finish,
         logprob=None if logprob is None else _finite(logprob[0]),
         top_logprobs=() if logprob is None else logprob[1],
+        cached_tokens=None if index else state.cached_tokens,
     )

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -246,7 +247,9 @@ class StageSlot:
         try:
             await _ended(ending)
             engine = await self._obtain(assignment, checkpoints, executor, abandoned)
-            kept = make_stage(assignment, checkpoints.card, engine, executor, self._limits())
+            first, last = assignment.first_layer, assignment.last_layer
+            folder = partial(checkpoints.checkpoint_for, first, last, lambda _doing, _share: None)
+            kept = make_stage(assignment, checkpoints.card, engine, executor, self._limits(), folder)
             is_sound = True
             await self._serve_epochs(kept)
         except Exception as error:  # whatever it is, the scheduler has to know that this stage is of no use
