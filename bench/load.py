@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import orjson
 
@@ -29,6 +30,9 @@ class StreamResult:
     error: str | None = None
     ended_s: float = 0.0
     """When the answer had been read."""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Of the prompt's: needed no computing."""
 
     @property
     def ttft_s(self) -> float:
@@ -66,7 +70,8 @@ async def _stream_chat(
     started = time.perf_counter()
     times: list[float] = []
     text: list[str] = []
-    usage, finish, error = 0, None, None
+    finish, error = None, None
+    usage: dict[str, Any] = {"completion_tokens": 0}
     async with _posted(host, port, "/v1/chat/completions", request, key) as (status, reader):
         while line := await reader.readline():
             if status != 200:
@@ -79,7 +84,7 @@ async def _stream_chat(
                 error = str(chunk["error"].get("message"))
                 continue
             if chunk.get("usage"):
-                usage = chunk["usage"]["completion_tokens"]
+                usage = chunk["usage"]
             for choice in chunk["choices"]:
                 finish = choice.get("finish_reason") or finish
                 if choice["delta"].get("content"):
@@ -89,7 +94,9 @@ async def _stream_chat(
                 break
     return StreamResult(
         status=status, started_s=started, token_times_s=tuple(times), text="".join(text),
-        completion_tokens=usage, finish_reason=finish, error=error, ended_s=time.perf_counter(),
+        completion_tokens=usage["completion_tokens"], finish_reason=finish, error=error, ended_s=time.perf_counter(),
+        prompt_tokens=usage.get("prompt_tokens", 0),
+        cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0),
     )  # fmt: skip
 
 

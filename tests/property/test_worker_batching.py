@@ -13,7 +13,7 @@ from molink_common.errors import CapacityError
 from molink_common.identity import sequence_id
 from molink_common.messages import Dtype, FinishReason, StartSequence, StepTokens, TokenEvent
 from molink_common.sampling import SamplingOptions
-from molink_common.wire import Logits, StepFrame, Traffic
+from molink_common.wire import Entry, Logits, StepFrame, Traffic
 from molink_stage_worker.batch_plan import BatchLimits, BatchPlan, StepPlan
 from molink_stage_worker.batching import Batcher
 from molink_stage_worker.fence import Fence
@@ -45,13 +45,15 @@ class Stages:
 
     def __init__(self, limits: BatchLimits) -> None:
         self.limits = limits
-        self.fence = Fence(pipeline=1, epoch=1)
+        self.fence = Fence(pipeline=1, epoch=1, block_size=limits.block_size)
         self.lives = Lives()
         self.holes = 0
         self.tables: dict[int, list[int]] = {}
         self.lengths: dict[int, int] = {}
         self.generated: dict[str, int] = {}
         self.most: dict[str, int] = {}
+        self.texts: dict[int, list[int]] = {}
+        """As the tail was told when they opened."""
 
     def run(self, plan: StepPlan) -> StepTokens:
         frame = StepFrame(
@@ -66,21 +68,25 @@ class Stages:
             self.lengths.pop(int(name, 16), None)
             self.generated.pop(name, None)
         for opening in plan.opens:
+            self.texts[int(opening.sequence, 16)] = [*opening.prompt, *opening.generated]
             self.generated[opening.sequence] = len(opening.generated)
             self.most[opening.sequence] = opening.options.max_tokens
         entries = () if hole else plan.entries
         self.lives.open(entries, plan.step)
         events = []
+        token_at = 0
         for entry in entries:
             if entry.opens:
                 self.tables[entry.sequence] = []
-                assert entry.start <= self.lengths.get(entry.sequence, 0), "it opens behind what is here"
+                self.check_opening(entry)
             else:
                 assert entry.start == self.lengths[entry.sequence], "positions are not contiguous"
             self.lengths[entry.sequence] = entry.start
             self.tables[entry.sequence].extend(entry.new_blocks)
             self.lengths[entry.sequence] += entry.count
             assert len(self.tables[entry.sequence]) * self.limits.block_size >= self.lengths[entry.sequence]
+            self.fill(entry, plan.token_ids[token_at : token_at + entry.count])
+            token_at += entry.count
             if entry.logits is Logits.LAST:
                 name = sequence_id(entry.sequence)
                 index = self.generated[name]
@@ -89,9 +95,19 @@ class Stages:
                 events.append(
                     TokenEvent(sequence=name, index=index, token=token_of(entry.sequence, index), finish=finish)
                 )
+        self.check_blocks()
+        return StepTokens(pipeline=1, epoch=1, step=plan.step, events=tuple(events))
+
+
+    def check_opening(self, entry: Entry) -> None:
+        assert entry.start <= self.lengths.get(entry.sequence, 0), "it opens behind what is here"
+
+    def fill(self, entry: Entry, tokens: tuple[int, ...]) -> None:
+        """The entry's tokens are computed."""
+
+    def check_blocks(self) -> None:
         owned = [block for table in self.tables.values() for block in table]
         assert len(owned) == len(set(owned)), "two sequences in one block"
-        return StepTokens(pipeline=1, epoch=1, step=plan.step, events=tuple(events))
 
 
 PLANS = st.builds(
@@ -113,7 +129,7 @@ class BatchingMachine(RuleBasedStateMachine):
         super().__init__()
         plan = BatchPlan(micro_batches=3, chunk_tokens=7, chunks_under_way=2, separate_prefill=False)
         self.batcher = Batcher(self.limits, plan)
-        self.stages = Stages(self.limits)
+        self.stages = self.make_stages()
         self.under_way: dict[Traffic, deque[StepPlan]] = {traffic: deque() for traffic in Traffic}
         self.given_up: set[int] = set()
         """Steps that the head takes for lost, though they will arrive."""
@@ -135,6 +151,7 @@ class BatchingMachine(RuleBasedStateMachine):
         given = min(given, new - 1)
         generated = tuple(token_of(self.added, index) for index in range(given))
         start = make_start(self.added, prompt, new, generated, tenant, priority)
+        start = start.model_copy(update={"prompt": self.make_prompt(prompt)})
         try:
             self.batcher.add(start)
         except CapacityError:
@@ -142,6 +159,12 @@ class BatchingMachine(RuleBasedStateMachine):
         else:
             self.live[start.sequence] = (prompt, new)
             self.heard[start.sequence] = given
+
+    def make_stages(self) -> Stages:
+        return Stages(self.limits)
+
+    def make_prompt(self, length: int) -> tuple[int, ...]:
+        return tuple(range(length))
 
     @precondition(lambda self: self.live)
     @rule(which=st.integers(0, 100))

@@ -61,7 +61,7 @@ class Stage:
         self.join(1)
 
     def join(self, epoch: int) -> None:
-        self.fence = Fence(pipeline=1, epoch=epoch)
+        self.fence = Fence(pipeline=1, epoch=epoch, block_size=BLOCK)
         self.compute.take_place(self.index, self.journal)
 
     def take(self, data: bytes | bytearray) -> StageResult | None:
@@ -87,11 +87,12 @@ class Stage:
 class RebuildMachine(RuleBasedStateMachine):
     """A head in front of three stages. Frames wait on links, are lost, or come after the head gave them up."""
 
+    limits = BatchLimits(num_blocks=NUM_BLOCKS, block_size=BLOCK, step_tokens=8, max_running=4)
+
     def __init__(self) -> None:
         super().__init__()
         plan = BatchPlan(micro_batches=2, chunk_tokens=5, chunks_under_way=2, separate_prefill=True)
-        limits = BatchLimits(num_blocks=NUM_BLOCKS, block_size=BLOCK, step_tokens=8, max_running=4)
-        self.batcher = Batcher(limits, plan)
+        self.batcher = Batcher(self.limits, plan)
         self.stages = [Stage(index, 1 << 20) for index in range(NUM_STAGES)]
         self.epoch = 1
         self.links: dict[tuple[int, Traffic], deque[bytes | bytearray]] = {}
@@ -109,11 +110,14 @@ class RebuildMachine(RuleBasedStateMachine):
     @rule(prompt=st.integers(1, 14), new=st.integers(1, 12))
     def add(self, prompt: int, new: int) -> None:
         self.added += 1
-        tokens = tuple((self.added * 7 + at) % VOCABULARY for at in range(prompt))
+        tokens = self.make_prompt(prompt)
         name = sequence_id(self.added)
         options = SamplingOptions(max_tokens=new, temperature=0.0)
         self.batcher.add(StartSequence(pipeline=1, epoch=1, sequence=name, prompt=tokens, options=options))
         self.prompts[name], self.texts[name], self.lengths[name] = tokens, [], new
+
+    def make_prompt(self, length: int) -> tuple[int, ...]:
+        return tuple((self.added * 7 + at) % VOCABULARY for at in range(length))
 
     @precondition(lambda self: self.batcher.sequences)
     @rule(which=st.integers(0, 7))
@@ -244,8 +248,11 @@ WEIGHTS = (8, 1, 3, 20, 20, 60, 1, 2, 3)
 @given(st.integers(0, 2**32))
 def test_a_storm_of_losses_changes_no_text(seed: int) -> None:
     """The same as above with many more events than hypothesis would choose one by one."""
-    dice = random.Random(seed)
-    machine = RebuildMachine()
+    storm(RebuildMachine(), random.Random(seed))
+
+
+def storm(machine: RebuildMachine, dice: random.Random) -> None:
+    """Many events, then peace until all have ended."""
     for event in dice.choices(EVENTS, WEIGHTS, k=300):
         traffic = dice.choice(tuple(Traffic))
         match event:

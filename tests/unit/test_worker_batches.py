@@ -384,6 +384,15 @@ def test_a_wish_does_not_keep_others_out() -> None:
         blocks.take(1, 1)
 
 
+def test_room_that_was_made_for_one_is_not_taken_by_who_made_it() -> None:
+    head = batcher(num_blocks=14)
+    for number, (tenant, num_blocks) in enumerate((("two", 5), ("two", 5), ("one", 1), ("one", 4)), start=1):
+        head.add(start(number, prompt=4 * num_blocks).model_copy(update={"tenant": tenant}))
+    plan_of(head)
+    assert head.report().preemptions == 1
+    assert (head.report().running, head.report().waiting) == (3, 1)
+
+
 def test_a_step_leaves_room_in_a_message() -> None:
     assert tokens_in_a_frame(8 << 20, 8192 * 2, 256) == 256
     assert tokens_in_a_frame(1 << 20, 8192 * 2, 256) == 38

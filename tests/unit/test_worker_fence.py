@@ -28,7 +28,7 @@ def entry(start: int, count: int, *, opens: bool = False, sequence: int = 7) -> 
 
 
 def test_only_newer_frames_of_this_pipeline_and_epoch_count() -> None:
-    fence = Fence(pipeline=1, epoch=3)
+    fence = Fence(pipeline=1, epoch=3, block_size=4)
     assert fence.check(frame(5)) is None
     assert fence.check(frame(5)) is Drop.SEEN_ALREADY
     assert fence.check(frame(4)) is Drop.SEEN_ALREADY
@@ -40,7 +40,7 @@ def test_only_newer_frames_of_this_pipeline_and_epoch_count() -> None:
 
 
 def test_a_hole_makes_a_hole_of_everything_after_it() -> None:
-    fence = Fence(pipeline=1, epoch=3)
+    fence = Fence(pipeline=1, epoch=3, block_size=4)
     assert fence.enter(1, [entry(0, 4, opens=True), entry(0, 2, opens=True, sequence=8)], {}) is None
     assert fence.enter(1, [entry(5, 4)], {}) is Drop.HOLE
     assert fence.enter(1, [entry(4, 1)], {}) is Drop.HOLE
@@ -51,7 +51,7 @@ def test_a_hole_makes_a_hole_of_everything_after_it() -> None:
 
 
 def test_tokens_may_be_written_again_but_not_after_a_close() -> None:
-    fence = Fence(pipeline=1, epoch=3)
+    fence = Fence(pipeline=1, epoch=3, block_size=4)
     fence.enter(1, [entry(0, 4, opens=True)], {})
     assert fence.enter(1, [entry(2, 1)], {}) is None
     assert fence.enter(1, [entry(4, 1)], {}) is Drop.HOLE  # it went back to 3
@@ -60,14 +60,14 @@ def test_tokens_may_be_written_again_but_not_after_a_close() -> None:
 
 
 def test_what_the_engine_refuses_is_a_hole_too() -> None:
-    fence = Fence(pipeline=1, epoch=3)
+    fence = Fence(pipeline=1, epoch=3, block_size=4)
     fence.enter(1, [entry(0, 4, opens=True)], {})
     fence.refuse([entry(0, 4)], Drop.REFUSED)
     assert fence.enter(1, [entry(4, 1)], {}) is Drop.HOLE
 
 
 def test_each_class_has_its_own_order() -> None:
-    fence = Fence(pipeline=1, epoch=3)
+    fence = Fence(pipeline=1, epoch=3, block_size=4)
     assert fence.check(frame(5)) is None
     assert fence.check(replace(frame(4), traffic=Traffic.BULK)) is None
     assert fence.check(replace(frame(4), traffic=Traffic.BULK)) is Drop.SEEN_ALREADY
@@ -76,7 +76,7 @@ def test_each_class_has_its_own_order() -> None:
 
 
 def test_a_close_that_the_next_life_has_overtaken_does_nothing() -> None:
-    fence = Fence(pipeline=1, epoch=3)
+    fence = Fence(pipeline=1, epoch=3, block_size=4)
     fence.enter(3, [entry(0, 4, opens=True)], {})
     fence.enter(8, [entry(0, 5, opens=True)], {})
     assert fence.enter(7, [], {sequence_id(7): 3}) is None
@@ -85,7 +85,7 @@ def test_a_close_that_the_next_life_has_overtaken_does_nothing() -> None:
 
 
 def test_a_sequence_opens_again_only_where_what_is_before_is_here() -> None:
-    fence = Fence(pipeline=1, epoch=3)
+    fence = Fence(pipeline=1, epoch=3, block_size=4)
     assert fence.enter(1, [entry(4, 1, opens=True)], {}) is Drop.HOLE
     fence.enter(2, [entry(0, 4, opens=True)], {})
     fence.enter(3, [entry(4, 4)], {})

@@ -114,7 +114,13 @@ def _kv_use(head: HeadReport | None, block_size: int) -> str:
     if head is None or head.num_blocks == 0:
         return "unknown"
     used = head.num_blocks - head.free_blocks
-    return f"{used} of {head.num_blocks} ({used / head.num_blocks:.0%}), {block_size} tokens each"
+    use = f"{used} of {head.num_blocks} ({used / head.num_blocks:.0%}), {block_size} tokens each"
+    return f"{use}\n{_prefix_use(head)}" if head.prefix_queries_tokens else use
+
+
+def _prefix_use(head: HeadReport) -> str:
+    share = head.prefix_hits_tokens / head.prefix_queries_tokens
+    return f"{head.cached_blocks} kept for later; {share:.0%} of {head.prefix_queries_tokens} tokens found so"
 
 
 def _queue(head: HeadReport | None) -> str:

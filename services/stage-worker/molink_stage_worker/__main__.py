@@ -86,6 +86,7 @@ async def serve(
                     step_tokens=settings.step_tokens or _default_step_tokens(hardware.device),
                     max_running=settings.max_running,
                     journal_bytes=size_bytes(settings.journal),
+                    prefix_cache=settings.prefix_cache,
                 ),
                 site=settings.site,
                 hardware=hardware,

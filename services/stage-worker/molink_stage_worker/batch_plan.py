@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from molink_common.wire import Entry, Extra, Opening, Traffic
 
@@ -20,6 +20,8 @@ class BatchLimits:
     max_waiting: int = 4096
     opening_tokens: int = 65536
     """A step stops opening sequences once their prompts together pass this: it bounds the frame's extra part."""
+    prefix_secret: bytes | None = field(default=None, repr=False)
+    """Keys what is known of texts (see `prefix_cache`). None: no sequence begins with the KV blocks of another."""
 
     def __post_init__(self) -> None:
         if min(self.num_blocks, self.block_size, self.step_tokens, self.max_running) < 1:

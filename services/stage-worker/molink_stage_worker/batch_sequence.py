@@ -4,7 +4,8 @@
     confirmed  ├────────────────────────┤         on every stage for sure: its steps came back in order
     planned    ├──────────────────────────────┤   steps under way or back
 
-When a step is lost, `planned` goes back to `confirmed` and the sequence opens again there, with the same KV blocks.
+With a known beginning (see `prefix_cache`) all begin behind that. When a step is lost, `planned` goes back to
+`confirmed` and the sequence opens again there, with the same KV blocks.
 When a stage is replaced, `kept` is what all others have, and `confirmed` counts what the new one has got of it.
 """
 
@@ -51,6 +52,14 @@ class Sequence:
     charged: int = 0
     """How many of `tokens` its tenant was charged for (see `fair_queue`)."""
     unsent_blocks: list[int] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)
+    """Of its first full blocks, as far as anybody wanted to know them (see `prefix_cache`)."""
+    cached: int = 0
+    """How many of `tokens` were in known KV blocks when it got its own. It never writes to these."""
+    published: int = 0
+    """How many of its blocks may be known."""
+    is_distrustful: bool = False
+    """A stage lacked what it should have had: it takes nothing over from others any more."""
 
     @classmethod
     def starting(cls, start: StartSequence, arrival: int) -> Sequence:
@@ -101,7 +110,18 @@ class Sequence:
             prompt=self.prompt,
             generated=tuple(self.tokens[len(self.prompt) :]),
             options=self.options,
+            cached_tokens=min(self.cached, len(self.prompt)),
         )
+
+    @property
+    def is_new(self) -> bool:
+        """Whether it has blocks that nothing was planned for yet."""
+        return self.opened_by is None
+
+    def begin_at(self, cached: int, blocks: Iterable[int]) -> None:
+        """Its first tokens are in known blocks: go on behind them. For one that is new."""
+        self.cached = self.confirmed = self.planned = cached
+        self.unsent_blocks = list(blocks)
 
     def go_back(self, blocks: Iterable[int]) -> None:
         """Plan again from `confirmed` on, with all the blocks that it has."""
@@ -112,7 +132,7 @@ class Sequence:
 
     def forget_stages(self) -> None:
         """No stage knows it any more, and it has no blocks."""
-        self.confirmed = self.kept = 0
+        self.confirmed = self.kept = self.cached = self.published = 0
         self.go_back(())
         self.opened_by = None
         self.last_steps.clear()

@@ -14,6 +14,8 @@ What is lost costs no more than it must:
   stage alone (`Extra.rebuild`), the shortest sequence first; then each opens again where it stood.
 * *A stage lacks what it should have* (`StepTokens.refused`, or a token that is missing): the sequence is computed anew
   from prompt + tokens so far. So it is where the engine's sequences can only go on.
+
+In a new epoch nothing is known of what other sequences have left in KV blocks (see `prefix_cache`).
 """
 
 from __future__ import annotations
@@ -36,8 +38,7 @@ class Batcher:
     def __init__(self, limits: BatchLimits, plan: BatchPlan) -> None:
         self.plan = plan
         """What the next steps follow; may be replaced at any time."""
-        self.can_rewind = True
-        """Whether the stages' engines can open a sequence in its middle (`Engine.can_rewind`)."""
+        self._can_rewind = True
         self._limits = limits
         self._residents = Residents(limits)
         self._departures = self._residents.departures
@@ -52,6 +53,17 @@ class Batcher:
         self._asks_since: int | None = None
         """The first step of an epoch that no step has come back of."""
         self._rewinds = self._recomputed = self._rebuilt = 0
+        self._opened_tokens = self._cached_tokens = 0
+
+    @property
+    def can_rewind(self) -> bool:
+        """Whether the stages' engines can open a sequence in its middle (`Engine.can_rewind`)."""
+        return self._can_rewind
+
+    @can_rewind.setter
+    def can_rewind(self, can: bool) -> None:
+        self._can_rewind = can
+        self._residents.shares_prefixes = can and self._limits.prefix_secret is not None
 
     def add(self, start: StartSequence) -> None:
         """Queue a sequence. One that is here already stays as it is.
@@ -114,11 +126,12 @@ class Batcher:
             assert lost is not None
             self._departures.step_lost(lost.traffic, lost.closes)
         self._residents.nothing_on_its_way(self._next_step - 1)
+        self._residents.forget_known()
         for sequence in self._running.values():
             kept = 0
-            if rebuild is not None and self.can_rewind:
+            if rebuild is not None and self.can_rewind and not sequence.cached:
                 kept = sequence.kept if sequence.kept and rebuild == self._rebuild else sequence.confirmed
-            sequence.kept, sequence.confirmed = kept, 0
+            sequence.kept, sequence.confirmed, sequence.cached = kept, 0, 0
             sequence.go_back(self._residents.table(sequence))
         self._rebuild = rebuild
         self._asks_since = self._next_step
@@ -172,6 +185,9 @@ class Batcher:
             rewinds=self._rewinds,
             recomputed=self._recomputed,
             rebuilt=self._rebuilt,
+            cached_blocks=self._residents.cached_blocks,
+            prefix_queries_tokens=self._opened_tokens,
+            prefix_hits_tokens=self._cached_tokens,
         )
 
     @property
@@ -274,6 +290,9 @@ class Batcher:
             token_ids.extend(sequence.tokens[start:end])
             if not sequence.is_open:
                 opens.append(sequence.opening())
+                if sequence.is_new:
+                    self._opened_tokens += len(sequence.tokens)
+                    self._cached_tokens += sequence.cached
             if sequence.trace is not None:
                 traces[name] = sequence.trace
             sequence.unsent_blocks.clear()
@@ -344,6 +363,7 @@ class Batcher:
         if sequence is None:
             return
         sequence.confirmed = step.served[name].end
+        self._residents.publish(sequence)
         if sequence.kept and sequence.confirmed >= sequence.kept:
             self._rebuilt += 1
             sequence.kept = 0
@@ -356,5 +376,6 @@ class Batcher:
             self._residents.fail(sequence)
             return
         if anew or not self.can_rewind:
-            sequence.confirmed = sequence.kept = 0
-        sequence.go_back(self._residents.table(sequence))
+            self._residents.begin_anew(sequence)
+        else:
+            sequence.go_back(self._residents.table(sequence))

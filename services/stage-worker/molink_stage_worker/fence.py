@@ -3,7 +3,8 @@
 A broker may deliver what is stale (an older epoch) or lose something in an outage. A frame counts only if it is
 of this pipeline and epoch, is newer than every frame of its class before it, and continues each of its sequences at
 or before the position that the sequence has reached here, also where the sequence opens again: computing on after a
-hole would give wrong text without an error. Whether the stage computes a step or passes it on makes no difference
+hole would give wrong text without an error. A sequence may open behind KV blocks that others have filled here in this
+epoch (see `prefix_cache`). Whether the stage computes a step or passes it on makes no difference
 here: what is rebuilt elsewhere is in this stage's KV blocks.
 """
 
@@ -34,12 +35,17 @@ class Drop(StrEnum):
 class Fence:
     """Admits frames one after the other and counts those that it drops. No IO, no clock."""
 
-    def __init__(self, *, pipeline: int, epoch: int) -> None:
+    def __init__(self, *, pipeline: int, epoch: int, block_size: int) -> None:
+        self._block_size = block_size
         self._pipeline = pipeline
         self._epoch = epoch
         self._last_steps = dict.fromkeys(Traffic, 0)
         self._lives = Lives()
         self._lengths: dict[int, int] = {}
+        self._tables: dict[int, list[int]] = {}
+        """The KV blocks of each sequence."""
+        self._full: set[int] = set()
+        """KV blocks whose tokens are all here, whoever's they are."""
         self.dropped: Counter[Drop] = Counter()
 
     def check(self, frame: StepFrame) -> Drop | None:
@@ -60,18 +66,46 @@ class Fence:
     def enter(self, step: int, entries: Iterable[Entry], closes: Mapping[str, int]) -> Drop | None:
         """Follow the sequences of a step; with a hole its entries are to be dropped, while the closes hold."""
         for name in self._lives.close(closes):
-            self._lengths.pop(sequence_number(name), None)
+            self._forget(sequence_number(name))
         entries = tuple(entries)
-        if any(entry.start > self._lengths.get(entry.sequence, 0 if entry.opens else -1) for entry in entries):
+        if not all(self._goes_on(entry) for entry in entries):
             self.refuse(entries, Drop.HOLE)
             return Drop.HOLE
         self._lives.open(entries, step)
         for entry in entries:
             self._lengths[entry.sequence] = entry.start + entry.count
+            if entry.opens:
+                self._tables[entry.sequence] = []
+            if entry.new_blocks:
+                self._tables[entry.sequence].extend(entry.new_blocks)
+            self._fill(entry)
         return None
 
     def refuse(self, entries: Iterable[Entry], reason: Drop) -> None:
         """A step's entries are not computed: what they would have written is a hole for whatever follows."""
         for entry in entries:
-            self._lengths.pop(entry.sequence, None)
+            self._full.difference_update(self._tables.get(entry.sequence, ())[entry.start // self._block_size :])
+            self._forget(entry.sequence)
         self.dropped[reason] += 1
+
+    def _goes_on(self, entry: Entry) -> bool:
+        if entry.start <= self._lengths.get(entry.sequence, 0 if entry.opens else -1):
+            return True
+        filled, rest = divmod(entry.start, self._block_size)
+        return (
+            entry.opens
+            and not rest
+            and filled <= len(entry.new_blocks)
+            and self._full.issuperset(entry.new_blocks[:filled])
+        )
+
+    def _fill(self, entry: Entry) -> None:
+        """What the entry's blocks held behind its tokens is not there any more."""
+        end = (entry.start + entry.count) // self._block_size
+        table = self._tables[entry.sequence]
+        self._full.difference_update(table[end:])
+        self._full.update(table[entry.start // self._block_size : end])
+
+    def _forget(self, sequence: int) -> None:
+        self._lengths.pop(sequence, None)
+        self._tables.pop(sequence, None)

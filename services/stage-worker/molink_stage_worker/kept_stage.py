@@ -5,6 +5,7 @@ The engine with its KV blocks, the head's books, what was sent to the next stage
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ class StageLimits:
     """Most sequences at work at once, as head."""
     journal_bytes: int
     """Of what was sent to the next stage, to be sent again when that is replaced."""
+    prefix_cache: bool
+    """Whether sequences begin with what others left in KV blocks, as head."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +126,7 @@ def _make_desk(assignment: AssignStage, card: ModelCard, limits: StageLimits) ->
         step_tokens=step_tokens,
         max_running=limits.max_running,
         opening_tokens=max(limits.max_payload_bytes // 4 // _BYTES_AN_OPENING_TOKEN, 1),
+        prefix_secret=secrets.token_bytes() if limits.prefix_cache else None,
     )
     batcher = Batcher(batch_limits, planner.plan(Demand(decoding=0, context_tokens=0, prompt_tokens_waiting=0), 0.0))
     return HeadDesk(batcher, planner, token_bytes=token_bytes)

@@ -7,6 +7,8 @@
 Places and blocks go to the tenant that was served least, to each of its sequences in turn; when blocks run out, the
 newest of the tenant that was served most gives way (see `fair_queue`). A tenant that holds more than its share gives
 way to one that holds less. So nobody starves. With one tenant all that is the order of arrival.
+
+Who comes in begins with the blocks of others that hold the beginning of its tokens (see `prefix_cache`).
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from molink_stage_worker.batch_sequence import Sequence
 from molink_stage_worker.departures import Departures, Leaving
 from molink_stage_worker.fair_queue import FairQueue, Shares
 from molink_stage_worker.kv_blocks import BlockAllocator
+from molink_stage_worker.prefix_cache import ChainKeys
 
 
 class Residents:
@@ -30,6 +33,8 @@ class Residents:
     def __init__(self, limits: BatchLimits) -> None:
         self._limits = limits
         self._blocks = BlockAllocator(limits.num_blocks)
+        self._chain = ChainKeys(limits.prefix_secret or b"", limits.block_size)
+        self.shares_prefixes = limits.prefix_secret is not None
         self._sequences: dict[str, Sequence] = {}
         self.shares = Shares()
         self._waiting = FairQueue(self.shares)
@@ -59,6 +64,11 @@ class Residents:
     def free_blocks(self) -> int:
         """That nobody has."""
         return self._blocks.num_free
+
+    @property
+    def cached_blocks(self) -> int:
+        """Of the free blocks, those that hold the beginning of a text."""
+        return self._blocks.num_idle
 
     def get(self, name: str) -> Sequence | None:
         """A sequence that is here."""
@@ -102,15 +112,55 @@ class Residents:
             # its former life must have left the stages before it starts anew, else a token could be drawn twice
             if self.departures.is_leaving(sequence.number):
                 return
-            if self._blocks.num_free - needed < len(self.running):
+            known, in_use = self._known(sequence)
+            while self._blocks.num_free - (needed - in_use) < len(self.running):
+                # the room is for this one: who gave way could be the next in turn, and they would change for ever
                 if not self._yield_blocks(sequence, needed):
                     return
-                continue
+                known, in_use = self._known(sequence)
             self._waiting.remove(sequence)
             most = len(sequence.prompt) + sequence.options.max_tokens
-            taken = self._blocks.take(sequence.number, needed, expected=self.blocks_for(most))
-            sequence.unsent_blocks.extend(taken)
+            self._blocks.share(sequence.number, sequence.keys[:known])
+            self._blocks.take(sequence.number, needed - known, expected=self.blocks_for(most))
+            sequence.begin_at(known * self._limits.block_size, self.table(sequence))
             self.running[sequence.id] = sequence
+
+    def look_again(self, sequence: Sequence) -> None:
+        """Let a new sequence begin with what has become known since it got its blocks."""
+        next_key = sequence.cached // self._limits.block_size
+        if next_key < len(sequence.keys) and self._blocks.knows(sequence.keys[next_key]):
+            known, _ = self._known(sequence)
+            self._blocks.share(sequence.number, sequence.keys[:known])
+            sequence.begin_at(known * self._limits.block_size, self.table(sequence))
+
+    def publish(self, sequence: Sequence) -> None:
+        """Its tokens up to `confirmed` are on every stage: others may begin with them."""
+        full = sequence.confirmed // self._limits.block_size
+        if self.shares_prefixes and full > sequence.published:
+            self._chain.extend(sequence.keys, full, sequence.tenant, sequence.tokens)
+            self._blocks.publish(sequence.number, sequence.keys[:full], sequence.published)
+            sequence.published = full
+
+    def forget_known(self) -> None:
+        """Nothing of what was known counts any more, and whoever runs is to fill its blocks anew.
+
+        Who has blocks of another waits for some of its own. To be called when nothing is on its way.
+        """
+        self._blocks.forget_all()
+        for sequence in list(self.running.values()):
+            sequence.published = 0
+            if sequence.cached and not self._blocks.is_sole_user(sequence.number):
+                self._send_back(sequence)
+
+    def begin_anew(self, sequence: Sequence) -> None:
+        """A stage lacks what it should have: compute all of a running sequence, in blocks that nobody else reads."""
+        sequence.is_distrustful = True
+        self._blocks.forget(sequence.number)
+        if self._blocks.is_sole_user(sequence.number):
+            sequence.confirmed = sequence.kept = sequence.cached = sequence.published = 0
+            sequence.go_back(self.table(sequence))
+        else:
+            self._send_back(sequence)
 
     def make_room(self, sequence: Sequence, num_tokens: int, chosen: dict[str, int]) -> bool:
         """Blocks for so many tokens of a sequence, at the expense of who gives way first if there are no others.
@@ -176,14 +226,14 @@ class Residents:
             assert self._blocks.held(sequence.number) == 0 or self.departures.is_leaving(sequence.number)
             assert sequence.planned == sequence.confirmed == sequence.kept == 0
             assert not sequence.is_open
-        held = sum(self._blocks.held(number) for number in self.departures.numbers)
         for sequence in self.running.values():
             assert not self.departures.is_leaving(sequence.number)
             assert sequence.confirmed <= sequence.planned <= len(sequence.tokens)
             assert not sequence.kept or sequence.planned <= sequence.kept < len(sequence.tokens)
-            held += self._blocks.held(sequence.number)
+            assert sequence.kept or sequence.cached <= sequence.confirmed
+            assert self._blocks.may_write(sequence.number, sequence.confirmed // self._limits.block_size), "shared"
             assert self._blocks.held(sequence.number) >= self.blocks_for(max(sequence.planned, sequence.kept))
-        assert held == self._limits.num_blocks - self._blocks.num_free
+        assert self._blocks.holders == {*self.departures.numbers, *(one.number for one in self.running.values())}
 
     def _yield_place(self, newcomer: Sequence) -> bool:
         """A place for a tenant that has less than its share of them, from one that has more."""
@@ -212,8 +262,20 @@ class Residents:
         self._preempt(last)
         return True
 
+    def _known(self, sequence: Sequence) -> tuple[int, int]:
+        """Of its first blocks, how many are known, and how many of these are in use. One token is left to compute."""
+        # what is known of a prompt tells no log probabilities of its tokens
+        if not self.shares_prefixes or sequence.is_distrustful or sequence.options.prompt_logprobs is not None:
+            return 0, 0
+        most = (len(sequence.tokens) - 1) // self._limits.block_size
+        self._chain.extend(sequence.keys, most, sequence.tenant, sequence.tokens)
+        return self._blocks.known(sequence.keys[:most])
+
     def _preempt(self, sequence: Sequence) -> None:
         self.preemptions += 1
+        self._send_back(sequence)
+
+    def _send_back(self, sequence: Sequence) -> None:
         self._leave_stages(sequence)
         self._waiting.add(sequence)
 

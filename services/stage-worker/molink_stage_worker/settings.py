@@ -39,6 +39,9 @@ class StageWorkerSettings(ServiceSettings):
     journal: Annotated[
         str, Field(description="memory for what was sent on, from which a replaced next stage is filled again")
     ] = "256MiB"
+    prefix_cache: Annotated[
+        bool, Field(description="whether a prompt begins with what an earlier one of its tenant has computed (as head)")
+    ] = True
     drain_timeout_s: Annotated[
         float, Field(ge=0, le=3600, description="how long to wait at the end until the stage is placed elsewhere")
     ] = 10.0

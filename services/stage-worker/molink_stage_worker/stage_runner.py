@@ -75,7 +75,7 @@ class StageRunner:
         self._telemetry = telemetry
         self._worker = worker
         self._loop = asyncio.get_running_loop()
-        self._fence = Fence(pipeline=assignment.pipeline, epoch=assignment.epoch)
+        self._fence = Fence(pipeline=assignment.pipeline, epoch=assignment.epoch, block_size=assignment.block_size)
         self._ready: ReadyQueue[StageStep] = ReadyQueue()
         self._rhythm = DecodeRhythm()
         self._last_decode: StageStep | None = None

@@ -63,6 +63,7 @@ class SlotSettings:
     step_tokens: int
     max_running: int
     journal_bytes: int = DEFAULT_CAPACITY_BYTES
+    prefix_cache: bool = True
 
 
 class StageSlot:
@@ -369,6 +370,7 @@ class StageSlot:
             step_tokens=self._settings.step_tokens,
             max_running=self._settings.max_running,
             journal_bytes=self._settings.journal_bytes,
+            prefix_cache=self._settings.prefix_cache,
         )
 
 

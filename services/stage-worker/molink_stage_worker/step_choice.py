@@ -92,6 +92,9 @@ class StepChoice:
 
     def chunks(self, taken: dict[str, int], traffic: Traffic, most_tokens: int) -> dict[str, int]:
         """How many tokens of whose prompts, beside those `taken`; `taken` loses who has to give way for them."""
+        for sequence in self._residents.running.values():
+            if sequence.is_new:
+                self._residents.look_again(sequence)
         prompts = [
             sequence
             for sequence in list(self._residents.running.values())

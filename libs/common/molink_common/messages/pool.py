@@ -115,6 +115,12 @@ class HeadReport(BaseModel):
     """How often a sequence was computed anew from its beginning, because a stage lacked a part of it."""
     rebuilt: Count = 0
     """How often a replaced stage got a sequence's KV blocks back out of the journal of the stage before it."""
+    cached_blocks: Count = 0
+    """Of the free blocks, those that hold the beginning of an earlier text, to be found again."""
+    prefix_queries_tokens: Count = 0
+    """Tokens of the sequences that were begun."""
+    prefix_hits_tokens: Count = 0
+    """Of these, the ones that needed no computing since others had left them in KV blocks."""
     micro_batches: Count = 0
     chunk_tokens: Count = 0
     """Most prompt tokens a step."""

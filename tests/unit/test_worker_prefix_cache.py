@@ -1,0 +1,355 @@
+"""What is known of texts in KV blocks: keys, who begins with what, what is given up first."""
+
+from __future__ import annotations
+
+import pytest
+
+from molink_common.errors import CapacityError
+from molink_common.identity import sequence_id
+from molink_common.messages import FinishReason, StartSequence, StepTokens, TokenEvent
+from molink_common.sampling import SamplingOptions
+from molink_common.wire import Entry, Logits
+from molink_stage_worker.batch_plan import BatchLimits, BatchPlan, StepPlan
+from molink_stage_worker.batching import Batcher
+from molink_stage_worker.fence import Drop, Fence
+from molink_stage_worker.kv_blocks import BlockAllocator
+from molink_stage_worker.prefix_cache import ChainKeys
+
+BLOCK = 4
+SYSTEM = tuple(range(100, 114))
+"""Three full blocks and a half."""
+
+
+def keys_of(text: tuple[int, ...] | str, *, tenant: str = "", secret: bytes = b"s") -> list[bytes]:
+    tokens = tuple(map(ord, text)) if isinstance(text, str) else text
+    keys: list[bytes] = []
+    ChainKeys(secret, BLOCK).extend(keys, len(tokens) // BLOCK, tenant, tokens)
+    return keys
+
+
+def test_a_key_stands_for_everything_from_the_first_token_on() -> None:
+    one, other = keys_of("aaaabbbbcccc"), keys_of("aaaabbbbdddd")
+    assert one[:2] == other[:2]
+    assert one[2] != other[2]
+    assert keys_of("bbbb")[0] != one[1]
+    assert len(set(keys_of("aaaaaaaa"))) == 2
+
+
+def test_tenants_and_processes_have_keys_of_their_own() -> None:
+    assert len({keys_of("aaaa")[0], keys_of("aaaa", tenant="b")[0], keys_of("aaaa", secret=b"t")[0]}) == 3
+
+
+def test_keys_go_on_where_they_ended() -> None:
+    tokens = tuple(range(20))
+    keys = keys_of(tokens[:9])
+    ChainKeys(b"s", BLOCK).extend(keys, 5, "", tokens)
+    assert keys == keys_of(tokens)
+    ChainKeys(b"s", BLOCK).extend(keys, 2, "", tokens)
+    assert len(keys) == 5
+
+
+def hold(blocks: BlockAllocator, sequence: int, text: str, *, extra: int = 0) -> tuple[int, ...]:
+    """Let a sequence hold a text in known blocks, and `extra` blocks that nobody knows."""
+    keys = keys_of(text)
+    known, _ = blocks.known(keys)
+    blocks.share(sequence, keys[:known])
+    blocks.take(sequence, len(keys) - known + extra)
+    blocks.publish(sequence, keys, known)
+    blocks.check_invariants()
+    return blocks.table(sequence)
+
+
+def test_what_a_sequence_leaves_is_free_and_found_again() -> None:
+    blocks = BlockAllocator(10)
+    left = hold(blocks, 1, "aaaabbbb", extra=1)
+    blocks.release(1)
+    assert (blocks.num_free, blocks.num_idle) == (10, 2)
+    assert blocks.known(keys_of("aaaabbbbcccc")) == (2, 0)
+    assert blocks.known(keys_of("bbbb")) == (0, 0)
+    assert hold(blocks, 2, "aaaabbbb", extra=1) == left
+    assert (blocks.num_free, blocks.num_idle) == (7, 0)
+
+
+def test_those_who_run_share_and_the_last_one_leaves_it_idle() -> None:
+    blocks = BlockAllocator(10)
+    hold(blocks, 1, "aaaabbbb", extra=1)
+    assert blocks.known(keys_of("aaaabbbb")) == (2, 2)
+    hold(blocks, 2, "aaaabbbbcccc")
+    assert blocks.table(1)[:2] == blocks.table(2)[:2]
+    assert blocks.num_free == 6
+    assert not blocks.is_sole_user(1)
+    assert not blocks.may_write(2, 2)
+    assert blocks.may_write(1, 2)
+    blocks.release(1)
+    assert (blocks.num_free, blocks.num_idle) == (7, 0)
+    blocks.release(2)
+    assert (blocks.num_free, blocks.num_idle) == (10, 3)
+
+
+def test_what_was_used_longest_ago_is_given_up_first_and_of_a_text_its_end() -> None:
+    blocks = BlockAllocator(6)
+    for sequence, text in enumerate(("aaaabbbb", "ccccdddd", "eeeeffff")):
+        hold(blocks, sequence, text)
+    for sequence in range(3):
+        blocks.release(sequence)
+    hold(blocks, 9, "aaaabbbb")
+    blocks.release(9)  # it is the newest again
+    known = []
+    for count in range(1, 7):
+        blocks.take(50 + count, 1)
+        blocks.check_invariants()
+        known.append([blocks.known(keys_of(text))[0] for text in ("aaaabbbb", "ccccdddd", "eeeeffff")])
+    assert known == [[2, 1, 2], [2, 0, 2], [2, 0, 1], [2, 0, 0], [1, 0, 0], [0, 0, 0]]
+    with pytest.raises(CapacityError):
+        blocks.take(60, 1)
+
+
+def test_empty_blocks_are_taken_before_idle_ones() -> None:
+    blocks = BlockAllocator(10)
+    hold(blocks, 1, "aaaabbbb")
+    blocks.release(1)
+    assert not set(blocks.take(2, 8)) & {0, 1}
+    assert blocks.num_idle == 2
+
+
+def test_a_text_goes_on_next_to_its_beginning() -> None:
+    blocks = BlockAllocator(20)
+    assert hold(blocks, 1, "aaaabbbb", extra=1) == (0, 1, 2)
+    blocks.release(1)
+    blocks.share(2, keys_of("aaaabbbb"))
+    assert blocks.take(2, 2, expected=8) == (2, 3)
+    assert blocks.take(3, 2) == (8, 9)  # behind what the other may come to need
+    assert blocks.take(2, 1) == (4,)
+
+
+def test_blocks_given_up_together_make_a_run() -> None:
+    blocks = BlockAllocator(12)
+    for sequence, text in enumerate(("aaaabbbbccccdddd", "eeeeffffgggghhhh", "iiiijjjjkkkkllll")):
+        hold(blocks, sequence, text)
+    for sequence in (1, 0, 2):
+        blocks.release(sequence)
+    taken = blocks.take(9, 4)
+    assert taken == (4, 5, 6, 7)
+    blocks.check_invariants()
+
+
+def test_who_grows_takes_the_old_idle_block_beside_it_but_not_a_new_one() -> None:
+    blocks = BlockAllocator(8)
+    hold(blocks, 0, "aaaabbbb")
+    for sequence, text in enumerate(("ccccdddd", "eeeeffff", "gggghhhh"), start=1):
+        hold(blocks, sequence, text)
+    for sequence in (1, 3, 2):
+        blocks.release(sequence)
+    assert blocks.take(0, 1) == (2,)  # of the older half, though not the oldest
+    blocks.check_invariants()
+    blocks = BlockAllocator(6)
+    hold(blocks, 0, "aaaabbbb")
+    hold(blocks, 1, "ccccdddd")
+    hold(blocks, 2, "eeeeffff")
+    for sequence in (2, 1):
+        blocks.release(sequence)
+    assert blocks.take(0, 1) == (5,)
+
+
+def test_what_is_given_up_takes_what_follows_upon_it_along() -> None:
+    blocks = BlockAllocator(10)
+    hold(blocks, 1, "aaaabbbb")
+    blocks.release(1)
+    hold(blocks, 2, "aaaa")
+    blocks.forget(2)
+    assert (blocks.num_free, blocks.num_idle) == (9, 0)
+    assert blocks.known(keys_of("aaaabbbb")) == (0, 0)
+    blocks.check_invariants()
+
+
+def test_of_two_that_computed_the_same_one_is_known() -> None:
+    blocks = BlockAllocator(10)
+    keys = keys_of("aaaabbbb")
+    for sequence in (1, 2):
+        blocks.take(sequence, 2)
+    blocks.publish(1, keys[:1], 0)
+    blocks.publish(2, keys, 0)
+    blocks.check_invariants()
+    blocks.release(1)
+    assert blocks.known(keys) == (2, 1)
+    blocks.take(3, 8)  # the beginning that was known is gone, and what followed upon it
+    assert blocks.known(keys) == (0, 0)
+    blocks.publish(2, keys, 2)
+    assert blocks.known(keys) == (2, 2)
+    blocks.check_invariants()
+
+
+def batcher(*, num_blocks: int = 40, micro_batches: int = 2) -> Batcher:
+    plan = BatchPlan(micro_batches=micro_batches, chunk_tokens=100, chunks_under_way=2, separate_prefill=False)
+    limits = BatchLimits(num_blocks=num_blocks, block_size=BLOCK, step_tokens=16, prefix_secret=b"secret")
+    return Batcher(limits, plan)
+
+
+def start(number: int, prompt: tuple[int, ...], *, tenant: str = "", tells: bool = False) -> StartSequence:
+    options = SamplingOptions(max_tokens=50, prompt_logprobs=1 if tells else None)
+    return StartSequence(
+        pipeline=1, epoch=1, sequence=sequence_id(number), prompt=prompt, options=options, tenant=tenant
+    )
+
+
+def plan_of(head: Batcher) -> StepPlan:
+    plan = head.next_step()
+    assert plan is not None
+    head.check_invariants()
+    return plan
+
+
+def returns(
+    head: Batcher, plan: StepPlan, *, index: int = 0, ends: bool = False, refused: tuple[int, ...] = ()
+) -> None:
+    events = tuple(
+        TokenEvent(
+            sequence=sequence_id(entry.sequence), index=index, token=7, finish=FinishReason.STOP if ends else None
+        )
+        for entry in plan.entries
+        if entry.logits is Logits.LAST and entry.sequence not in refused
+    )
+    names = tuple(sequence_id(number) for number in refused)
+    head.on_tokens(StepTokens(pipeline=1, epoch=1, step=plan.step, events=events, refused=names))
+    head.check_invariants()
+
+
+def begun(plan: StepPlan) -> list[tuple[int, int, int]]:
+    """Who opens where, and what the tail is told of it."""
+    told = {opening.sequence: opening.cached_tokens for opening in plan.opens}
+    return [(one.sequence, one.start, told[sequence_id(one.sequence)]) for one in plan.entries if one.opens]
+
+
+def after_one(head: Batcher, *, ends: bool = True, tenant: str = "") -> StepPlan:
+    """The first step of a sequence with the prompt `SYSTEM`, which has come back."""
+    head.add(start(1, SYSTEM, tenant=tenant))
+    plan = plan_of(head)
+    returns(head, plan, ends=ends)
+    return plan
+
+
+def test_a_prompt_begins_with_what_one_before_it_has_left() -> None:
+    head = batcher()
+    first = after_one(head)
+    assert begun(first) == [(1, 0, 0)]
+    assert (head.report().free_blocks, head.report().cached_blocks) == (40, 3)
+    head.add(start(2, (*SYSTEM, 1, 2, 3)))
+    second = plan_of(head)
+    assert begun(second) == [(2, 12, 12)]
+    assert second.token_ids == (112, 113, 1, 2, 3)
+    assert second.entries[0].new_blocks[:3] == first.entries[0].new_blocks[:3]
+    assert len(second.entries[0].new_blocks) == 5
+    assert (head.report().prefix_queries_tokens, head.report().prefix_hits_tokens) == (14 + 17, 12)
+
+
+def test_a_prompt_begins_with_what_one_that_runs_has_on_every_stage() -> None:
+    head = batcher()
+    head.add(start(1, SYSTEM * 2))
+    first, second = plan_of(head), plan_of(head)
+    returns(head, first)
+    head.add(start(2, SYSTEM * 2))
+    returns(head, second)
+    third = plan_of(head)
+    assert begun(third) == [(2, 24, 24)]  # 28 tokens are there; one must be computed to have logits
+
+
+def test_what_is_on_its_way_is_not_known_yet() -> None:
+    head = batcher()
+    head.add(start(1, SYSTEM))
+    plan_of(head)
+    head.add(start(2, SYSTEM))
+    assert begun(plan_of(head)) == [(2, 0, 0)]
+
+
+def test_one_that_waits_for_its_turn_begins_with_what_became_known_meanwhile() -> None:
+    head = batcher(micro_batches=1)
+    head.add(start(1, SYSTEM))
+    first = plan_of(head)
+    head.add(start(2, SYSTEM))
+    assert head.next_step() is None
+    assert head.report().running == 2  # with blocks of its own
+    head.add(start(3, SYSTEM))
+    returns(head, first)
+    assert begun(plan_of(head)) == [(2, 12, 12), (3, 12, 12)]
+
+
+def test_tenants_share_nothing() -> None:
+    head = batcher()
+    after_one(head, tenant="one")
+    head.add(start(2, SYSTEM, tenant="other"))
+    head.add(start(3, SYSTEM, tenant="one"))
+    assert sorted(begun(plan_of(head))) == [(2, 0, 0), (3, 12, 12)]
+
+
+def test_who_asks_for_log_probabilities_of_the_prompt_computes_it() -> None:
+    head = batcher()
+    after_one(head)
+    head.add(start(2, SYSTEM, tells=True))
+    second = plan_of(head)
+    assert begun(second) == [(2, 0, 0)]
+    returns(head, second)
+    assert not set(second.entries[0].new_blocks[:4]) & {0, 1, 2}
+
+
+def test_engines_that_can_only_go_on_share_nothing() -> None:
+    head = batcher()
+    head.can_rewind = False
+    after_one(head)
+    assert head.report().cached_blocks == 0
+    head.add(start(2, SYSTEM))
+    assert begun(plan_of(head)) == [(2, 0, 0)]
+
+
+def test_in_a_new_epoch_nothing_is_known_and_who_shares_begins_anew() -> None:
+    for rebuild in (None, 1):
+        head = batcher()
+        after_one(head, ends=False)
+        head.add(start(2, SYSTEM))
+        shared = plan_of(head)
+        assert begun(shared) == [(2, 12, 12)]
+        head.on_new_epoch(rebuild)
+        head.check_invariants()
+        assert head.report().waiting == 1
+        returns(head, plan_of(head))
+        opened: dict[int, int] = {}
+        plans: list[StepPlan] = []
+        while 2 not in opened:
+            plan = plan_of(head)
+            plans.append(plan)
+            if plan.rebuild is None:
+                opened |= {entry.sequence: entry.start for entry in plan.entries if entry.opens}
+                returns(head, plan, index=1)
+            else:
+                returns(head, plan)
+        # what was filled for the one that is rebuilt is known again by then
+        assert opened[2] == (0 if rebuild is None else 12)
+
+
+def test_who_lacked_something_takes_nothing_over_again() -> None:
+    head = batcher()
+    after_one(head, ends=False)
+    head.add(start(2, SYSTEM))
+    second = plan_of(head)
+    (shared,) = (entry for entry in second.entries if entry.sequence == 2)
+    assert shared.start == 12
+    returns(head, second, index=1, refused=(2,))
+    assert head.report().recomputed == 1
+    again = [entry for entry in plan_of(head).entries if entry.sequence == 2]
+    assert [entry.start for entry in again] == [0]
+    assert not set(again[0].new_blocks) & set(shared.new_blocks[:3])
+
+
+def test_a_stage_takes_an_opening_behind_blocks_that_are_full_here() -> None:
+    fence = Fence(pipeline=1, epoch=1, block_size=BLOCK)
+
+    def enter(sequence: int, at: int, count: int, blocks: tuple[int, ...], step: int) -> Drop | None:
+        entry = Entry(sequence=sequence, start=at, count=count, opens=True, new_blocks=blocks)
+        return fence.enter(step, [entry], {})
+
+    assert enter(1, 0, 9, (5, 6, 7), 1) is None
+    assert enter(2, 8, 2, (5, 6, 8), 2) is None
+    assert enter(3, 12, 1, (5, 6, 7, 9), 3) is Drop.HOLE  # block 7 has one token
+    assert enter(4, 8, 1, (5, 8, 9), 4) is Drop.HOLE  # another's block, half full
+    assert enter(5, 7, 1, (5, 6), 5) is Drop.HOLE  # only whole blocks are shared
+    assert enter(6, 0, 1, (6,), 6) is None  # its owner is gone: somebody else fills it
+    assert enter(7, 8, 1, (5, 6, 9), 7) is Drop.HOLE
