@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from typing import Any
@@ -22,13 +23,8 @@ SCHEMAS = DOCUMENT["components"]["schemas"]
 def routes() -> set[tuple[str, str]]:
     """Method and address of each route, its parameters without names."""
     absent: Any = None  # a route is asked for, not called
-    parts = Parts(
-        settings=GatewaySettings(),
-        **dict.fromkeys(
-            ("gateway", "cluster", "doorkeeper", "keys", "kept", "sequences", "telemetry", "door"),
-            absent,
-        ),
-    )
+    others = dict.fromkeys((field.name for field in dataclasses.fields(Parts) if field.name != "settings"), absent)
+    parts = Parts(settings=GatewaySettings(), **others)
     found = [route for route in make_app(parts).routes if isinstance(route, APIRoute)]
     return {(method, nameless(route.path)) for route in found for method in route.methods - {"HEAD"}}
 

@@ -88,9 +88,8 @@ def _item(place: int, given: Any) -> Item | None:
 def _given_message(place: int, given: dict[str, Any]) -> Item:
     role = given.get("role")
     if role not in (*_INPUT_ROLES, "assistant"):
-        raise wrong(
-            f"must hold messages of role 'user', 'system', 'developer' or 'assistant', but item {place} is none"
-        )
+        roles = "'user', 'system', 'developer' or 'assistant'"
+        raise wrong(f"must hold messages of role {roles}, but the role of item {place} is {str(role)[:40]!r}")
     return _message(role, _joined(place, given.get("content"), "content"))
 
 
