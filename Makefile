@@ -10,7 +10,7 @@ ARGS ?=
 TORCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help up down test test-clients test-compose lint check bench links soak load-curve fairness faults clean
+.PHONY: help up down test test-api test-clients test-compose lint check bench links soak load-curve fairness faults clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ down: ## stop what `make up` started; ARGS="--port 8100"
 
 test: $(VENV)/.has-dev ## run every test; ARGS="tests/unit -k lock"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+test-api: $(VENV)/.has-dev ## schemathesis tries /openapi.json on a real system for five minutes; ARGS="--seconds 60"
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.api.run $(ARGS)
 
 test-clients: $(VENV)/.has-dev ## OpenAI clients and frameworks, each in its own environment; ARGS="--only llm,litellm"
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.clients.run $(ARGS)
