@@ -10,7 +10,7 @@ import pytest
 
 from molink_common.messages import PromptLogprobs, TokenLogprob
 from molink_gateway.options import sampling_options
-from molink_gateway.prompt_logprobs import PromptInbox, joined, offsets_in_ids, offsets_in_text
+from molink_gateway.prompt_logprobs import PromptInbox, joined, offsets_in_bytes, offsets_in_ids, offsets_in_text
 from molink_gateway.requests import CompletionRequest
 from molink_gateway.tokenizer import Tokenizer, TokenText, load_tokenizer
 from tests.integration.test_gateway_pool import WORDS, make_tokenizer
@@ -120,8 +120,9 @@ def tokenizer(tmp_path: Path) -> Tokenizer:
 def test_offsets_cut_the_text_where_tokens_begin(tokenizer: Tokenizer, text: str) -> None:
     tokens = tokenizer.encode(text, add_special_tokens=True)
     by_text = offsets_in_text(tokenizer.spans(text, add_special_tokens=True))
+    assert offsets_in_bytes([tokenizer.bytes_in_text(token) for token in tokens], text) == by_text
     by_ids = offsets_in_ids(tokenizer.detokenizer(()), tokens, len(text))
-    assert by_text == by_ids
+    assert all(coarse <= fine for coarse, fine in zip(by_ids, by_text, strict=True))
     for number, token in enumerate(tokens):
         end = by_text[number + 1] if number + 1 < len(tokens) else len(text)
         own = tokenizer.text_of(token).text
@@ -136,7 +137,22 @@ def test_a_special_token_has_its_place_in_a_text_and_none_in_ids(tokenizer: Toke
     by_text = offsets_in_text(tokenizer.spans(text, add_special_tokens=True))
     assert (by_text[0], by_text[1], by_text[-1]) == (0, len("<|im_start|>"), text.index("<|im_end|>"))
     by_ids = offsets_in_ids(tokenizer.detokenizer(()), tokens, len("Hello"))
+    assert offsets_in_bytes([tokenizer.bytes_in_text(token) for token in tokens], "Hello") == by_ids
     assert (by_ids[0], by_ids[1], by_ids[-1]) == (0, 0, len("Hello"))
+
+
+@pytest.mark.parametrize(
+    ("pieces", "text", "offsets"),
+    [
+        ([b" the", b" cat"], "the cat", [0, 3]),  # a decoder has stripped the front
+        ([b"\xe6\x97", b"\xa5\xe6\x9c\xac", b"!"], "日本!", [0, 0, 2]),
+        ([b"", b"a", b"", b"b"], "ab", [0, 0, 1, 1]),
+        ([b"\xff"], "\ufffd", None),
+        ([b"##ing"], "ing!", None),
+    ],
+)
+def test_offsets_by_bytes(pieces: list[bytes], text: str, offsets: list[int] | None) -> None:
+    assert offsets_in_bytes(pieces, text) == offsets
 
 
 def test_spans_that_leave_out_spaces_or_have_no_text() -> None:

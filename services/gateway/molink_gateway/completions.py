@@ -20,7 +20,7 @@ from molink_gateway.preparation import (
     make_prepared,
     style_of,
 )
-from molink_gateway.prompt_logprobs import offsets_in_ids, offsets_in_text
+from molink_gateway.prompt_logprobs import offsets_in_bytes, offsets_in_ids, offsets_in_text
 from molink_gateway.prompt_reply import Echo, with_prompts
 from molink_gateway.replies import CompletionReply
 from molink_gateway.request_fields import MAX_PROMPTS
@@ -87,7 +87,8 @@ async def _echo_told(
     def offsets() -> list[int]:
         if isinstance(given, str):
             return offsets_in_text(tokenizer.spans(given, add_special_tokens=True))
-        return offsets_in_ids(tokenizer.detokenizer(()), prompt, len(text))
+        known = offsets_in_bytes([tokenizer.bytes_in_text(token) for token in prompt], text)
+        return offsets_in_ids(tokenizer.detokenizer(()), prompt, len(text)) if known is None else known
 
     is_long = len(text) >= LONG_TEXT_CHARACTERS
     return Echo(

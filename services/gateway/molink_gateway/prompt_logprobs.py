@@ -99,10 +99,36 @@ def shifted(answer: dict[str, list[Any]], num_characters: int) -> dict[str, list
     return {**answer, "text_offset": [offset + num_characters for offset in answer["text_offset"]]}
 
 
-def offsets_in_ids(detokenizer: Detokenizer, tokens: Sequence[int], num_characters: int) -> list[int]:
-    """Where each token begins in the text of `num_characters` that the tokens read as.
+def offsets_in_bytes(pieces: Sequence[bytes], text: str) -> list[int] | None:
+    """Where each token begins in the text that the tokens read as, by the bytes that each of them adds to it.
 
-    All tokens of one character begin where it does. `detokenizer` has not been used.
+    A token that begins within a character begins where that does. The text may lack what a decoder strips off the
+    front. None: the bytes do not read as the text.
+    """
+    try:
+        whole = b"".join(pieces).decode()
+    except UnicodeDecodeError:
+        return None
+    if not whole.endswith(text):
+        return None
+    offsets: list[int] = []
+    begun = len(text) - len(whole)
+    for piece in pieces:
+        goes_on = piece[:1] and _continues(piece[0])
+        offsets.append(max(begun - 1 if goes_on else begun, 0))
+        begun += sum(not _continues(byte) for byte in piece)
+    return offsets
+
+
+def _continues(byte: int) -> bool:
+    """Whether it is not the first one of a character in UTF-8."""
+    return byte & 0xC0 == 0x80
+
+
+def offsets_in_ids(detokenizer: Detokenizer, tokens: Sequence[int], num_characters: int) -> list[int]:
+    """The same to the precision of a decoder, which tells characters once they are whole: for any kind of tokenizer.
+
+    The text has `num_characters`; `detokenizer` has not been used.
     """
     offsets: list[int] = []
     decoded = 0

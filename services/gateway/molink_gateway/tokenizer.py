@@ -156,6 +156,10 @@ class Tokenizer:
             known = self._texts[token] = TokenText(data.decode(errors="replace"), data)
         return known
 
+    def bytes_in_text(self, token: int) -> bytes:
+        """What one token adds to a text, as far as it can be known of it alone; nothing if it is special."""
+        return b"" if token in self._special else self.text_of(token).data
+
     def _bytes_of(self, token: int) -> bytes:
         piece = self._backend.id_to_token(token)
         if piece is None:
