@@ -18,6 +18,8 @@ from molink_gateway.replies import Answer, Chunk, Reply
 from molink_gateway.responses_items import Item
 from molink_gateway.responses_request import ResponsesRequest
 
+_FIRST_OUTPUT = 0x8000
+"""Items of a response count from here, for ids: those of its input count from 0."""
 _INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
 
 
@@ -165,7 +167,7 @@ class ResponseTeller:
         return events
 
     def _open(self, prefix: str, item: Item) -> list[Chunk]:
-        identified = {"id": f"{prefix}{self._head.stem}{len(self._output):04x}", **item}
+        identified = {"id": f"{prefix}{self._head.stem}{_FIRST_OUTPUT + len(self._output):04x}", **item}
         self._output.append(identified)
         self._is_open = True
         shown = {**identified, "content": []} if "content" in identified else dict(identified)
