@@ -95,8 +95,8 @@ async def test_a_cut_model_tells_of_prompts_what_the_whole_one_does(
         await pool.form(names, num_blocks=32)  # too few for all at once: some have to wait, or to begin again
         sequences = [await start(pool, names[0], prompt) for prompt in prompts]
         # as after a recovery: what was generated before is no prompt
-        cut = len(prompts[2]) + 5
-        sequences.append(await start(pool, names[0], prompts[2], generated=said[len(prompts[2]) : cut][:3]))
+        length = len(prompts[2])
+        sequences.append(await start(pool, names[0], prompts[2], generated=said[length : length + 3]))
         await pool.until(lambda: all(one in pool.finishes for one in sequences), 30)
         await pool.until_idle(names[0], 32)
         await subscription.close()

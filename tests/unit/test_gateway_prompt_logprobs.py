@@ -102,7 +102,12 @@ def test_what_cannot_be_is_told_as_a_number() -> None:
 
 def test_the_answer_follows_the_prompt() -> None:
     prompt = full().as_openai(likeliest=0, offsets=[0, 3, 6, 9], text_of=text_of)
-    answer = {"tokens": ["x"], "token_logprobs": [-0.5], "top_logprobs": [{"x": -0.5}], "text_offset": [0]}
+    answer: dict[str, list[Any]] = {
+        "tokens": ["x"],
+        "token_logprobs": [-0.5],
+        "top_logprobs": [{"x": -0.5}],
+        "text_offset": [0],
+    }
     both = joined(prompt, answer, num_echoed=12)
     assert both["tokens"] == ["<7>", "<8>", "<9>", "<8>", "x"]
     assert both["token_logprobs"] == [None, -1.0, -2.0, -3.0, -0.5]

@@ -19,9 +19,9 @@ SIZE = 60
 PROMPT = tuple(range(3, 53))
 
 
-def head(**limits: int) -> Batcher:
+def head(*, step_tokens: int = 16) -> Batcher:
     plan = BatchPlan(micro_batches=4, chunk_tokens=10**6, chunks_under_way=2, separate_prefill=False)
-    return Batcher(BatchLimits(**{"num_blocks": 1000, "block_size": 4, "step_tokens": 16, **limits}), plan)
+    return Batcher(BatchLimits(num_blocks=1000, block_size=4, step_tokens=step_tokens), plan)
 
 
 def start(number: int, prompt: int, *, generated: int = 0, told: int | None = 0) -> StartSequence:
