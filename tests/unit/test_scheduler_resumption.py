@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from molink_common.messages import Failed, FinishReason, Resumed, ResumeSequence, SubmitSequence
+from molink_scheduler import holes
 from molink_scheduler.events import CancelAsked, ResumeAsked, StartAnswered, StoreEmptied, TokensArrived
 from molink_scheduler.instructions import (
     AppendTokens,
@@ -148,17 +149,35 @@ def test_as_many_are_kept_as_there_is_room_for() -> None:
     assert [one.sequence for one in driver.all if isinstance(one, DeleteSequence)] == names[:2]
 
 
-def test_tokens_that_were_missed_are_made_again_before_it_counts_as_ended() -> None:
+def with_missed_tokens_at_its_end() -> Driver:
     driver = running()
     driver.do(TokensArrived(make_step(1, (S1, 2, 13, None))))
-    done = driver.do(TokensArrived(make_step(1, (S1, 3, 14, FinishReason.STOP))))
-    assert [type(one) for one in done] == [StartSequenceAt]
-    assert driver.machine.books.ended == {}
+    assert driver.do(TokensArrived(make_step(1, (S1, 3, 14, FinishReason.STOP)))) == []
+    assert (driver.machine.books.sequences, driver.machine.books.ended) == ({}, {})
+    return driver
+
+
+def test_tokens_that_were_missed_are_made_again_for_whoever_asks_for_them() -> None:
+    driver = with_missed_tokens_at_its_end()
+    done = ask(driver)
+    assert [type(one) for one in done] == [StartSequenceAt, SaveSequence, ReplyTo]
     driver.do(StartAnswered(S1, 1))
     for index, token in enumerate((12, 13), start=1):
         driver.do(TokensArrived(make_step(1, (S1, index, token, None))))
     driver.do(TokensArrived(make_step(1, (S1, 3, 14, FinishReason.STOP))))
     assert driver.machine.books.ended[S1].generated == (11, 12, 13, 14)
+
+
+def test_tokens_that_were_missed_and_that_nobody_asks_for_are_not_made_again() -> None:
+    driver = with_missed_tokens_at_its_end()
+    driver.wait(holes.KEPT_S - 1)
+    assert list(driver.machine.books.holed) == [S1]
+    driver.wait(2)
+    assert DeleteSequence(S1) in driver.all
+    assert not driver.machine.books.holed
+    driver = with_missed_tokens_at_its_end()
+    assert driver.do(CancelAsked(S1, "no more use")) == [DeleteSequence(S1)]
+    assert not driver.machine.books.holed
 
 
 def test_a_gateway_that_takes_up_a_stream_with_a_hole_gets_what_was_missed() -> None:

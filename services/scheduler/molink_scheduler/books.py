@@ -247,6 +247,8 @@ class Books:
     """In the order in which they came; ended ones are not here."""
     ended: dict[str, EndedSequence] = field(default_factory=dict)
     """Those whose clients may come back, in the order in which they ended."""
+    holed: dict[str, Sequence] = field(default_factory=dict)
+    """Those that have ended, with tokens missing here, in the order in which they ended."""
     recent: dict[str, EndedSequence] = field(default_factory=dict)
     """Other ones, not in the store: their gateways may have missed the last tokens."""
     keys: KeyBook = field(default_factory=KeyBook)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import assert_never
 
 from molink_common.messages import ClusterState
-from molink_scheduler import detection, key_desk, pipeline_desk, resumption, sequence_desk, standby
+from molink_scheduler import detection, holes, key_desk, pipeline_desk, resumption, sequence_desk, standby
 from molink_scheduler.books import Books, PipelinePhase
 from molink_scheduler.events import (
     AssignAnswered,
@@ -97,6 +97,7 @@ class Machine:
             case CancelAsked(sequence, reason, after_tokens):
                 yield from sequence_desk.cancel(books, sequence, reason, now_s, after_tokens=after_tokens)
             case ResumeAsked(request, reply):
+                yield from holes.asked_for(books, request.sequence, now_s)
                 yield from resumption.resume(books, request, reply, now_s)
                 yield from sequence_desk.mend(books, request.sequence, now_s)
             case StartAnswered(sequence, epoch, problem):
@@ -137,6 +138,7 @@ class Machine:
                 if now_s - max(heard_s, books.deaf_until_s) >= GATEWAY_SILENT_S:
                     yield from sequence_desk.gateway_gone(books, gateway, now_s)
         yield from resumption.time_passed(books, now_s)
+        yield from holes.time_passed(books, now_s)
         yield from sequence_desk.time_passed(books, now_s)
         yield from pipeline_desk.plan(books, now_s)
         yield from books.keys.time_passed(now_s)
@@ -167,7 +169,7 @@ class Machine:
             if pipeline.layout is not None:
                 yield SavePipeline(pipeline.layout)
         yield from books.keys.everything()
-        kept = [(one.record, tuple(one.generated)) for one in books.sequences.values()]
+        kept = [(one.record, tuple(one.generated)) for one in (*books.sequences.values(), *books.holed.values())]
         kept += [(one.record, one.generated) for one in books.ended.values()]
         for record, generated in kept:
             yield SaveSequence(record)

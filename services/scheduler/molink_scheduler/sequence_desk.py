@@ -15,7 +15,7 @@ from molink_common.messages import (
     SubmitSequence,
     TokenEvent,
 )
-from molink_scheduler import resumption, sequence_moves
+from molink_scheduler import holes, resumption, sequence_moves
 from molink_scheduler.admission import first_token_came, why_refused
 from molink_scheduler.books import Books, Pipeline, Sequence, SequencePhase
 from molink_scheduler.fitness import pool_card
@@ -197,8 +197,7 @@ def _append(books: Books, sequence: Sequence, token: int, now_s: float) -> None:
 def _finish(books: Books, sequence: Sequence, event: TokenEvent, now_s: float) -> Iterator[Instruction]:
     assert event.finish is not None, "called at the end"
     if event.index > len(sequence.generated):
-        # its gateway may have missed the same tokens, or somebody may come back for them: they are made again
-        yield from sequence_moves.start_again(books, sequence, now_s)
+        yield from holes.put_aside(books, sequence, now_s)
         return
     if event.index == len(sequence.generated):
         _append(books, sequence, event.token, now_s)
@@ -225,6 +224,7 @@ def cancel(
     sequence = books.sequences.get(sequence_id)
     if after_tokens is None:
         yield from resumption.forget(books, sequence_id)
+        yield from holes.forget(books, sequence_id)
     elif sequence is not None and sequence.is_resumable and sequence.phase is not SequencePhase.SAVING:
         sequence.ends_after = after_tokens
         yield from _end_where_told(books, sequence, now_s)
