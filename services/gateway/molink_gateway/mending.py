@@ -53,7 +53,7 @@ class Mender:
                     if await self._fill(sequence, mailbox):
                         return
                 except ApiError as error:
-                    log.info("tokens cannot be asked for yet", sequence=sequence, problem=error.message)
+                    log.debug("tokens cannot be asked for yet", sequence=sequence, problem=error.message)
                 await asyncio.sleep(pause_s)  # a pause between attempts, of which there are few
         finally:
             self._asking.discard(sequence)

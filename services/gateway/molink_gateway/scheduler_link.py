@@ -136,5 +136,7 @@ class SchedulerLink:
                 500, "The scheduler answered in a way that this gateway cannot read.", code="protocol"
             ) from error
         except BusError as error:
-            log.warning("the scheduler cannot be asked", subject=subject, problem=str(error))
+            # that the connection is down was said once, by the bus
+            tell = log.warning if self._bus.is_connected else log.debug
+            tell("the scheduler cannot be asked", subject=subject, problem=str(error))
             raise unavailable("The gateway cannot reach the scheduler. Try again soon.") from error
