@@ -50,12 +50,19 @@ class TokenOutbox:
     async def run(self) -> None:
         """Send until cancelled."""
         subject = subjects.tokens(self._place.pipeline)
+        num_unsent = 0
         while True:
             payload = await self._queue.get()
             try:
                 await self._bus.publish(subject, payload)
             except BusUnavailable as error:
-                log.warning("tokens not sent", problem=str(error))
+                if not num_unsent:  # once an outage: what was said is repeated after it
+                    log.warning("tokens not sent", problem=str(error))
+                num_unsent += 1
+            else:
+                if num_unsent:
+                    log.info("tokens are sent again", messages_not_sent=num_unsent)
+                num_unsent = 0
 
     def _put(self, payload: bytes | bytearray) -> None:
         try:
