@@ -177,8 +177,8 @@ def compare_log_probabilities(task: str) -> str:
     farthest = max(abs(here - there) for here, there in pairs)
     near = _NEAR.get(harness.dtype, _NEAR_IN_SHORT_TYPES)
     if farthest > near:
-        raise AssertionError(f"log probabilities differ by up to {farthest:.4f}, more than {near}")
-    return f"{len(pairs)} log probabilities differ by {farthest:.4f} at most"
+        raise AssertionError(f"log probabilities differ by up to {farthest:.2g}, more than {near}")
+    return f"{len(pairs)} log probabilities differ by {farthest:.2g} at most, in {harness.dtype}"
 
 
 @checks.add
