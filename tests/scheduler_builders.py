@@ -222,10 +222,16 @@ def assign(epoch: int, worker: str, index: int, num_blocks: int) -> AssignStageT
     return AssignStageTo(worker, stage)
 
 
-def start_of(sequence: str, epoch: int, generated: tuple[int, ...] = ()) -> StartSequence:
+def start_of(sequence: str, epoch: int, generated: tuple[int, ...] = (), *, interruptions: int = 0) -> StartSequence:
     request = make_request(sequence)
     return StartSequence(
-        pipeline=1, epoch=epoch, sequence=sequence, prompt=request.prompt, generated=generated, options=request.options
+        pipeline=1,
+        epoch=epoch,
+        sequence=sequence,
+        prompt=request.prompt,
+        generated=generated,
+        options=request.options,
+        interruptions=interruptions,
     )
 
 

@@ -82,7 +82,7 @@ def test_a_silent_head_means_a_new_epoch_and_the_sequences_go_on(running: Driver
     assert [(one.worker, one.stage.index) for one in done if isinstance(one, AssignStageTo)] == [("w3", 0), ("w2", 1)]
     assert running.do(TokensArrived(make_step(1, (S1, 1, 12, None)))) == []
     assert running.beat(*beats_of(2, "w3", "w2")) == [
-        StartSequenceAt("w3", start_of(S1, 2, (11,))),
+        StartSequenceAt("w3", start_of(S1, 2, (11,), interruptions=1)),
         StartSequenceAt("w3", start_of(S2, 2)),
     ]
     assert running.beat(w1) == [ReleaseStageOf("w1", 1)]
@@ -241,7 +241,7 @@ def test_a_restart_whose_workers_have_gone_places_anew_with_the_tokens() -> None
     assert driver.wait(4.5, beats=fresh) == []
     assert driver.wait(1, beats=fresh) == [TakeEpoch(4)]
     driver.do(EpochTaken(5))
-    assert driver.beat(*beats_of(5, "w3", "w4")) == [StartSequenceAt("w3", start_of(S1, 5, (11, 12)))]
+    assert driver.beat(*beats_of(5, "w3", "w4")) == [StartSequenceAt("w3", start_of(S1, 5, (11, 12), interruptions=1))]
 
 
 def test_an_emptied_store_is_written_again(running: Driver) -> None:

@@ -78,7 +78,7 @@ def test_the_tail_is_replaced_and_the_head_goes_on_with_its_sequences(running: D
     # the last tokens of the old epoch may still be on their way
     assert running.do(TokensArrived(make_step(1, (S1, 1, 12, None)))) == [AppendTokens(S1, 1, (12,))]
     done = running.beat(*beats_of(2, "w1", "w3"))
-    assert done == [AskSequencesOf("w1", 1), StartSequenceAt("w1", start_of(S2, 2))]
+    assert done == [AskSequencesOf("w1", 1), StartSequenceAt("w1", start_of(S2, 2, interruptions=1))]
     assert running.do(TokensArrived(make_step(1, (S1, 2, 99, None)))) == []
     held = SequencesHeld(pipeline=1, epoch=2, sequences=(S1, S2))
     assert running.do(SequencesHeldArrived(held, running.now_s)) == []
@@ -99,7 +99,7 @@ def test_what_the_head_lost_is_started_again(running: Driver) -> None:
     running.beat(*beats_of(2, "w1", "w3"))
     nothing = SequencesHeld(pipeline=1, epoch=2, sequences=())
     done = running.do(SequencesHeldArrived(nothing, running.now_s))
-    assert done == [StartSequenceAt("w1", start_of(S1, 2, (11,)))]
+    assert done == [StartSequenceAt("w1", start_of(S1, 2, (11,), interruptions=1))]
 
 
 def test_a_new_head_begins_with_the_tokens_and_the_others_keep_their_place(running: Driver) -> None:
@@ -110,7 +110,7 @@ def test_a_new_head_begins_with_the_tokens_and_the_others_keep_their_place(runni
         "w2": (1, None, None),
     }
     assert running.do(TokensArrived(make_step(1, (S1, 1, 12, None)))) == []
-    assert running.beat(*beats_of(2, "w3", "w2")) == [StartSequenceAt("w3", start_of(S1, 2, (11,)))]
+    assert running.beat(*beats_of(2, "w3", "w2")) == [StartSequenceAt("w3", start_of(S1, 2, (11,), interruptions=1))]
 
 
 def test_two_losses_need_two_standbys_and_leave_nothing_to_go_on_with() -> None:
@@ -141,7 +141,7 @@ def test_a_refusal_to_go_on_keeps_the_layer_map_but_starts_afresh(running: Drive
     assert running.do(AssignAnswered("w1", 2, "it has lost the KV blocks")) == [TakeEpoch(2)]
     stages = told(running.do(EpochTaken(3)))
     assert {w: (s.index, s.continues_epoch) for w, s in stages.items()} == {"w1": (0, None), "w3": (1, None)}
-    assert running.beat(*beats_of(3, "w1", "w3")) == [StartSequenceAt("w1", start_of(S1, 3, (11,)))]
+    assert running.beat(*beats_of(3, "w1", "w3")) == [StartSequenceAt("w1", start_of(S1, 3, (11,), interruptions=2))]
 
 
 def test_a_standby_that_fails_and_no_other_means_a_new_placement(running: Driver) -> None:

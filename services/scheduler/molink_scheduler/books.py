@@ -187,6 +187,8 @@ class Sequence:
     has_hole: bool = False
     """A token was missed since it was last started: what came after it is not kept."""
     attempts: int = 0
+    interruptions: int = 0
+    """Losses since its last token."""
     confirmed_s: float | None = None
     """When its head said that it has it."""
     moved_with: int | None = None

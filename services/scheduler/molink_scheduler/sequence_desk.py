@@ -112,6 +112,7 @@ def pipeline_lost(books: Books, pipeline: Pipeline, now_s: float) -> None:
             continue
         if sequence.phase in (SequencePhase.STARTING, SequencePhase.RUNNING):
             sequence.move(SequencePhase.WAITING, now_s)
+        sequence.interruptions += 1
         sequence.pipeline, sequence.epoch = None, None
         sequence.confirmed_s, sequence.attempts, sequence.is_restored = None, 0, False
 
@@ -125,6 +126,7 @@ def pipeline_continued(books: Books, pipeline: Pipeline, now_s: float) -> None:
             continue
         if sequence.phase is SequencePhase.STARTING:
             sequence.move(SequencePhase.WAITING, now_s)
+        sequence.interruptions += 1
         # also of those that wait: if the head has them after all, their tokens are tokens
         sequence.epoch, sequence.attempts = layout.epoch, 0
 
@@ -165,7 +167,7 @@ def tokens(books: Books, step: StepTokens, now_s: float) -> Iterator[Instruction
         if event.finish is not None:
             yield from _finish(books, sequence, event, now_s)
             continue
-        sequence.attempts = 0
+        sequence.attempts = sequence.interruptions = 0
         if step.epoch == layout.epoch:
             yield from sequence_moves.confirm(sequence, step.epoch, now_s)
         if is_next:

@@ -43,6 +43,7 @@ def start(books: Books, sequence: Sequence, now_s: float) -> Iterator[Instructio
         options=request.options,
         tenant=request.tenant,
         priority=request.priority,
+        interruptions=sequence.interruptions,
         trace=request.trace,
     )
     yield StartSequenceAt(layout.head, start)

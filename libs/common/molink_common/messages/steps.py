@@ -24,6 +24,8 @@ class StartSequence(Message):
     trace: str | None = None
     tenant: Tenant = ""
     priority: Priority = 0
+    interruptions: Count = 0
+    """How many losses it has met since its last token: who has waited through several goes on first."""
 
 
 class StopSequence(Message):
