@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from molink_common.identity import sequence_id
 from molink_common.messages import FinishReason, StartSequence, StepTokens, TokenEvent
 from molink_common.sampling import SamplingOptions
@@ -30,7 +32,7 @@ def sequence(number: int, tenant: str = "", *, prompt: int = 4, priority: int = 
 
 def batcher(*, micro_batches: int = 1, chunk_tokens: int = 10**6, **limits: int) -> Batcher:
     plan = BatchPlan(micro_batches=micro_batches, chunk_tokens=chunk_tokens, chunks_under_way=2, separate_prefill=False)
-    return Batcher(BatchLimits(**{"num_blocks": 100, "block_size": 4, "step_tokens": 64, **limits}), plan)
+    return Batcher(replace(BatchLimits(num_blocks=100, block_size=4, step_tokens=64), **limits), plan)
 
 
 def result(plan: StepPlan, indices: dict[int, int], finish: FinishReason | None = None) -> StepTokens:
