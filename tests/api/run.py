@@ -38,7 +38,7 @@ CHECKS = (
     "unsupported_method",
 )
 _GRACE_S = 60.0
-"""schemathesis looks at the clock between requests, and tells what it has found at the end."""
+"""schemathesis looks at the clock now and then, and tells at the end what it has found."""
 
 
 async def main(arguments: argparse.Namespace) -> int:
@@ -87,8 +87,8 @@ async def _try(st: Path, url: str, arguments: argparse.Namespace) -> int:
         url,
         "--checks",
         ",".join(CHECKS),
-        "--max-examples",
-        str(arguments.examples),
+        "--max-time",
+        str(int(arguments.seconds)),
         "--suppress-health-check",
         "all",
         "--generation-database",
@@ -123,7 +123,6 @@ def _parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make test-api", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seconds", type=float, default=300.0, help="how long it may take")
     parser.add_argument("--seed", type=int, help="the same requests as another run with it")
-    parser.add_argument("--examples", type=int, default=10000, help="most requests for each operation")
     parser.add_argument("--base-url", help="a system that runs already")
     parser.add_argument("--api-key", help="for it")
     parser.add_argument("--cache", type=Path, default=ROOT / ".clients", help="where its environment is kept")

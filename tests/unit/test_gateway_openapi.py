@@ -26,7 +26,7 @@ def routes() -> set[tuple[str, str]]:
     others = dict.fromkeys((field.name for field in dataclasses.fields(Parts) if field.name != "settings"), absent)
     parts = Parts(settings=GatewaySettings(), **others)
     found = [route for route in make_app(parts).routes if isinstance(route, APIRoute)]
-    return {(method, nameless(route.path)) for route in found for method in route.methods - {"HEAD"}}
+    return {(method, nameless(route.path)) for route in found for method in (route.methods or set()) - {"HEAD"}}
 
 
 def nameless(path: str) -> str:

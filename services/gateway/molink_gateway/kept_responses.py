@@ -12,7 +12,7 @@ from molink_common import subjects
 from molink_common.bus import Bus
 from molink_common.errors import BusError, ProtocolError
 from molink_common.logs import get_logger
-from molink_common.messages import AskResponse, Done, DropResponse, Failed, KeepResponse, KeptResponse
+from molink_common.messages import AskResponse, Done, DropResponse, Failed, KeepResponse, KeptResponse, M, Message
 from molink_common.messages.kept import MAX_KEPT_CHARACTERS
 from molink_gateway.api_errors import ApiError, unavailable
 from molink_gateway.responses_items import Item
@@ -87,20 +87,20 @@ class KeptResponses:
         Raises:
             ApiError: 503, nobody is there to forget it.
         """
-        await self._ask(DropResponse(tenant=tenant, response=name))
+        await self._ask(DropResponse(tenant=tenant, response=name), Done)
 
     async def _body(self, tenant: str, name: str) -> str | None:
-        answer = await self._ask(AskResponse(tenant=tenant, response=name))
-        return answer.body if isinstance(answer, KeptResponse) else None
+        return (await self._ask(AskResponse(tenant=tenant, response=name), KeptResponse)).body
 
-    async def _ask(self, question: AskResponse | DropResponse) -> KeptResponse | Done:
+    async def _ask(self, question: AskResponse | DropResponse, expected: type[M]) -> M:
         try:
-            answer = await self._bus.ask(
-                subjects.RESPONSES, question, KeptResponse, Done, Failed, timeout_s=ANSWER_TIMEOUT_S
+            answer: Message = await self._bus.ask(
+                subjects.RESPONSES, question, expected, Failed, timeout_s=ANSWER_TIMEOUT_S
             )
         except (BusError, ProtocolError) as error:
             log.warning("kept responses cannot be asked for", problem=str(error))
             raise unavailable("No scheduler tells of kept responses. Try again soon.", code="no_scheduler") from error
         if isinstance(answer, Failed):
             raise unavailable(f"Kept responses cannot be read: {answer.message}. Try again soon.", code="no_store")
+        assert isinstance(answer, expected)
         return answer

@@ -82,8 +82,8 @@ class MessageTeller:
         events: list[Chunk] = []
         function = call.get("function") or {}
         if not self._is_open or self._call_place != place:
-            block = {"type": "tool_use", "id": call.get("id") or "", "name": function.get("name") or "", "input": {}}
-            events += [*self._close(), *self._open(block)]
+            identity = {"id": call.get("id") or "", "name": function.get("name") or ""}
+            events += [*self._close(), *self._open({"type": "tool_use", **identity, "input": {}})]
             self._call_place = place
         arguments = function.get("arguments") or ""
         if not arguments:

@@ -135,10 +135,10 @@ class ResponseTeller:
             events += self._close("completed")
             item = {"type": "message", "role": "assistant", "status": "in_progress", "content": []}
             events += self._open("msg_", item)
-            part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+            self._logprobs = []
+            part = {"type": "output_text", "text": "", "annotations": [], "logprobs": self._logprobs}
             events.append(self._part_event("response.content_part.added", part={**part, "logprobs": []}))
             self._output[-1]["content"].append(part)
-            self._logprobs = part["logprobs"]  # type: ignore[assignment]  a list by the line above
         self._output[-1]["content"][0]["text"] += text
         self._logprobs += logprobs
         if text or logprobs:

@@ -131,6 +131,10 @@ class Tokenizer:
         """The text of tokens, special ones left out."""
         return str(self._backend.decode(tokens, skip_special_tokens=True))
 
+    def decode_all(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, special ones too."""
+        return str(self._backend.decode(tokens, skip_special_tokens=False))
+
     def detokenizer(
         self, context: Sequence[int], *, shows_special: bool = False, shown: Sequence[str] = ()
     ) -> Detokenizer:
