@@ -357,6 +357,14 @@ def test_few_prompts_open_in_one_step_if_they_are_long() -> None:
     assert [opening.sequence for opening in plan_of(head).opens] == [sequence_id(0), sequence_id(1)]
 
 
+def test_few_sequences_open_in_one_step_if_their_grammars_are_long() -> None:
+    head = batcher(opening_tokens=30)
+    for number in range(3):
+        plain = start(number, prompt=5)
+        head.add(plain.model_copy(update={"options": SamplingOptions(max_tokens=50, grammar="x" * 40)}))
+    assert [opening.sequence for opening in plan_of(head).opens] == [sequence_id(0), sequence_id(1)]
+
+
 def test_trace_context_travels_with_the_steps_of_traced_sequences_only() -> None:
     head = batcher()
     head.add(start(1, prompt=2, trace=TRACE))

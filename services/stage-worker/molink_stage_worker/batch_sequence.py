@@ -20,6 +20,9 @@ from molink_common.messages import StartSequence
 from molink_common.sampling import SamplingOptions
 from molink_common.wire import Logits, Opening, Traffic
 
+_GRAMMAR_CHARACTERS_A_TOKEN = 4
+"""In a frame: a token's number takes up to eight bytes, and a grammar's quotes are escaped once more."""
+
 
 @dataclass(slots=True, eq=False)
 class Sequence:
@@ -101,6 +104,11 @@ class Sequence:
         if self.tells_prompt:
             return Logits.ALL
         return Logits.LAST if self.planned + count == len(self.tokens) else Logits.NONE
+
+    @property
+    def opening_tokens(self) -> int:
+        """How much room its opening takes in a frame, in tokens of a prompt."""
+        return len(self.tokens) + len(self.options.grammar or "") // _GRAMMAR_CHARACTERS_A_TOKEN
 
     def opening(self) -> Opening:
         """What the tail must know of it."""

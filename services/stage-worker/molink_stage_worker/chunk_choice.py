@@ -47,9 +47,9 @@ class ChunkChoice:
             if sequence.tells_prompt and rows == 0:
                 continue
             if not sequence.is_open:
-                if opening and opening + len(sequence.tokens) > self._opening_tokens:
+                if opening and opening + sequence.opening_tokens > self._opening_tokens:
                     continue
-                opening += len(sequence.tokens)
+                opening += sequence.opening_tokens
             chosen[sequence.id] = min(budget, sequence.unplanned)
             if sequence.tells_prompt:
                 chosen[sequence.id] = min(chosen[sequence.id], rows)
