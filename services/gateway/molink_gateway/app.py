@@ -87,7 +87,7 @@ def _add_error_shapes(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def of_http(request: Request, error: HTTPException) -> Response:
         known = {
-            404: f"There is nothing at {request.url.path[:200]}. The API is below /v1.",
+            404: f"There is nothing at {request.url.path[:200]}. The API is below /v1, as /openapi.json tells.",
             405: f"{request.url.path[:200]} does not take {request.method}.",
         }
         message = known.get(error.status_code, str(error.detail))

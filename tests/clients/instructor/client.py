@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import instructor
 from openai import OpenAI
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from tests.clients.reporting import API_KEY, BASE_URL, MODEL, TIMEOUT_S, Checks
 
@@ -62,6 +62,7 @@ def several_as_they_come() -> str:
     class Colour(BaseModel):
         """A colour."""
 
+        model_config = ConfigDict(extra="forbid")
         name: Literal["red", "green", "blue"]
 
     client = instructor.from_openai(connection, mode=instructor.Mode.TOOLS)
@@ -69,7 +70,7 @@ def several_as_they_come() -> str:
         response_model=Colour, **(ASKED | {"max_tokens": 60, "messages": [{"role": "user", "content": "Two colours."}]})
     )
     colours = list(stream)
-    assert all(isinstance(colour, Colour) for colour in colours), colours
+    assert colours and all(isinstance(colour, Colour) for colour in colours), colours
     return f"{len(colours)} values"
 
 

@@ -118,7 +118,7 @@ def with_structured_output_streamed() -> str:
 @checks.add
 def completion() -> str:
     model = OpenAI(model=MODEL, base_url=BASE_URL, api_key=API_KEY, temperature=0, max_tokens=6, max_retries=0)
-    return model.invoke("1, 2, 3, 4,")
+    return str(model.invoke("1, 2, 3, 4,"))
 
 
 @checks.add
@@ -138,7 +138,7 @@ def responses() -> str:
     assert isinstance(whole, AIMessageChunk)
     same(whole.text, model.invoke(QUESTION).text, "the streamed text")
     assert whole.text and whole.usage_metadata, whole
-    return whole.text
+    return str(whole.text)
 
 
 if __name__ == "__main__":

@@ -176,9 +176,10 @@ def cached_tokens() -> str:
         client.chat.completions.create(model=MODEL, messages=long, max_tokens=2, temperature=0) for _ in range(2)
     )
     same(first.choices[0].message.content, second.choices[0].message.content, "the second answer")
-    details = second.usage and second.usage.prompt_tokens_details
-    assert details is not None and details.cached_tokens, second.usage
-    return f"{details.cached_tokens} of {second.usage and second.usage.prompt_tokens}"
+    assert second.usage is not None and second.usage.prompt_tokens_details is not None, second.usage
+    cached = second.usage.prompt_tokens_details.cached_tokens
+    assert cached, second.usage
+    return f"{cached} of {second.usage.prompt_tokens}"
 
 
 def add_to(checks: Checks) -> None:

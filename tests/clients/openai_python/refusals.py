@@ -12,8 +12,9 @@ from tests.clients.reporting import API_KEY, MODEL, Checks, same
 
 def _refused(kind: type[openai.APIStatusError], **fields: Any) -> openai.APIStatusError:
     """The exception of a chat with these fields."""
+    asked: dict[str, Any] = {"model": MODEL, "messages": user("Hi"), "max_tokens": 2} | fields
     try:
-        client.chat.completions.create(**({"model": MODEL, "messages": user("Hi"), "max_tokens": 2} | fields))
+        client.chat.completions.create(**asked)
     except kind as error:
         body = error.body
         assert isinstance(body, dict), body

@@ -63,14 +63,18 @@ def stream_of_parsed() -> str:
 
 def structured_outputs_of_vllm() -> str:
     told = []
-    wanted: dict[str, object]
-    for wanted in ({"choice": ["yes", "no"]}, {"regex": "[0-9]{3}-[0-9]{2}"}, {"json": Person.model_json_schema()}):
+    forms: list[dict[str, object]] = [
+        {"choice": ["yes", "no"]},
+        {"regex": "[0-9]{3}-[0-9]{2}"},
+        {"json": Person.model_json_schema()},
+    ]
+    for form in forms:
         answer = client.chat.completions.create(
             model=MODEL,
             messages=user("Is the sky blue?"),
             temperature=1.0,
             max_tokens=200,
-            extra_body={"structured_outputs": wanted},
+            extra_body={"structured_outputs": form},
         )
         told.append(str(answer.choices[0].message.content))
     assert told[0] in ("yes", "no"), told

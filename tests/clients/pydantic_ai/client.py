@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 from pydantic_ai import Agent, NativeOutput, RunContext
@@ -44,7 +44,7 @@ def text() -> str:
     run = Agent(model, system_prompt="Be brief.", model_settings=SETTINGS).run_sync("What is the capital of France?")
     usage = run.usage
     assert usage.input_tokens > 0 and usage.output_tokens > 0, usage
-    return run.output
+    return str(run.output)
 
 
 @checks.add
@@ -80,7 +80,7 @@ def output_by_schema() -> str:
 def output_by_schema_streamed() -> str:
     agent = Agent(model, output_type=NativeOutput(Person), model_settings=SETTINGS)
 
-    async def ask() -> Person:
+    async def ask() -> Any:
         async with agent.run_stream("Invent a person.", usage_limits=LIMITS) as run:
             return await run.get_output()
 
