@@ -23,12 +23,11 @@ BLOCK = 4
 
 
 class CountingEngine:
-    """A token's hidden state is (token, number of layers passed, position, sequence's number mod 2¹⁶).
+    """A token's hidden state is (token, number of layers passed, position, checksum of the text up to there).
 
-    Of each position the KV block holds (token, position, sequence). The tail's favourite after a token at a position is
+    Of each position the KV block holds (token, position, checksum). The tail's favourite after a token at a position is
     (sum of the sequence's tokens up to there) mod V, read out of the blocks: a step that is lost, doubled or out of
-    order anywhere, and a block that another has written to or nobody has filled, changes every token after it. Where a
-    sequence opens in its middle, what is before may be another's.
+    order anywhere, and a block that holds another text or that nobody has filled, changes every token after it.
     """
 
     def __init__(self, spec: StageSpec, *, can_rewind: bool = True, loses_closes: bool = False) -> None:
@@ -39,8 +38,6 @@ class CountingEngine:
         self.known: dict[int, int] = {}
         """By sequence, how many tokens are in its blocks."""
         self.tables: dict[int, list[int]] = {}
-        self.begins: dict[int, int] = {}
-        """By sequence, how many tokens were in blocks of others when it opened."""
         self.memory = np.full((spec.num_blocks * BLOCK, 3), -1, np.int64)
         self.computed: Counter[int] = Counter()
         """Tokens, by sequence."""
@@ -56,7 +53,7 @@ class CountingEngine:
 
     def reset(self, *, num_blocks: int, block_size: int) -> None:
         assert block_size == BLOCK
-        self.known, self.tables, self.begins = {}, {}, {}
+        self.known, self.tables = {}, {}
         self.memory = np.full((num_blocks * BLOCK, 3), -1, np.int64)
 
     def run(
@@ -72,14 +69,12 @@ class CountingEngine:
         for sequence in closes:
             self.known.pop(sequence, None)
             self.tables.pop(sequence, None)
-            self.begins.pop(sequence, None)
         total = sum(entry.count for entry in entries)
         hidden_TH = np.zeros((total, HIDDEN), np.float32)
         if token_ids is not None:
             assert self.spec.is_head
             hidden_TH[:, 0] = token_ids
             hidden_TH[:, 2] = [entry.start + at for entry in entries for at in range(entry.count)]
-            hidden_TH[:, 3] = [entry.sequence % 2**16 for entry in entries for _ in range(entry.count)]
         elif total:
             assert hidden is not None
             hidden_TH = np.frombuffer(hidden, np.float32).reshape(total, HIDDEN).copy()
@@ -89,7 +84,6 @@ class CountingEngine:
         for entry in entries:
             if entry.opens and (entry.start == 0 or self.can_rewind):
                 self.known[entry.sequence], self.tables[entry.sequence] = entry.start, []
-                self.begins[entry.sequence] = min(self.begins.get(entry.sequence, entry.start), entry.start)
             if entry.sequence not in self.known or entry.start != self.known[entry.sequence]:
                 raise ProtocolError("not where the sequence goes on")
             table = self.tables[entry.sequence]
@@ -103,13 +97,15 @@ class CountingEngine:
                 written = table[entry.start // BLOCK : (end - 1) // BLOCK + 1]
                 others = [one for name, one in self.tables.items() if name != entry.sequence]
                 assert not any(set(written) & set(one) for one in others), "it writes to a block of another"
+            if token_ids is not None:
+                before = int(self.memory[slots[entry.start - 1], 2]) if entry.start else 0
+                rows[:, 3] = checksums(rows[:, 0].astype(int).tolist(), before)
             self.memory[slots[entry.start :]] = rows[:, [0, 2, 3]]
             self.computed[entry.sequence] += entry.count
             row += entry.count
             seen = self.memory[slots]
             assert seen[:, 1].tolist() == list(range(end)), "a position that nobody has filled"
-            own = seen[self.begins[entry.sequence] :]
-            assert (own[:, 2] == entry.sequence % 2**16).all(), "a block of another"
+            assert seen[:, 2].tolist() == checksums(seen[:, 0].tolist()), "a block that holds another text"
             if entry.logits is not Logits.NONE:
                 logits_V = torch.zeros(VOCABULARY)
                 logits_V[expected_token(seen[:, 0].tolist())] = 5.0
@@ -118,6 +114,15 @@ class CountingEngine:
             assert total == 0 or bool((hidden_TH[:, 1] == LAYERS).all()), "a layer was left out or run twice"
             return StepOutput(logits_RV=torch.stack(logits) if logits else torch.empty(0, VOCABULARY))
         return StepOutput(hidden=memoryview(hidden_TH.tobytes()))
+
+
+def checksums(tokens: Sequence[int], before: int = 0) -> list[int]:
+    """Of the text up to each of the tokens."""
+    sums: list[int] = []
+    for token in tokens:
+        before = (before * 31 + token + 1) % 65521
+        sums.append(before)
+    return sums
 
 
 def expected_token(tokens: Sequence[int]) -> int:

@@ -114,7 +114,7 @@ async def test_only_the_lost_stage_computes_again(pool: Pool, index: int) -> Non
 
 
 async def test_what_no_journal_holds_is_computed_anew(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept_stage, "Journal", lambda _: Journal(0))
+    monkeypatch.setattr(kept_stage, "Journal", lambda *_: Journal(0, BLOCK))
     async with open_scene(pool) as scene:
         sequences = [await pool.start(scene.names[0], prompt, COUNT) for prompt in PROMPTS]
         await scene.until_tokens(sequences, 5)

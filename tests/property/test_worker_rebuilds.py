@@ -56,7 +56,7 @@ class Stage:
         is_tail = index == NUM_STAGES - 1
         sampler = Sampler(eos_token_ids=(), vocabulary_size=VOCABULARY) if is_tail else None
         self.compute = StageCompute(self.engine, sampler)
-        self.journal = None if is_tail else Journal(journal_bytes)
+        self.journal = None if is_tail else Journal(journal_bytes, BLOCK)
         self.compute.take_place(index, self.journal)
         self.join(1)
 

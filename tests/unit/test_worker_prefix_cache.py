@@ -200,11 +200,20 @@ def plan_of(head: Batcher) -> StepPlan:
 
 
 def returns(
-    head: Batcher, plan: StepPlan, *, index: int = 0, ends: bool = False, refused: tuple[int, ...] = ()
+    head: Batcher,
+    plan: StepPlan,
+    *,
+    told: dict[int, int] | None = None,
+    ends: bool = False,
+    refused: tuple[int, ...] = (),
 ) -> None:
+    """The step comes back. `told`: how many tokens sequences had been told before."""
     events = tuple(
         TokenEvent(
-            sequence=sequence_id(entry.sequence), index=index, token=7, finish=FinishReason.STOP if ends else None
+            sequence=sequence_id(entry.sequence),
+            index=(told or {}).get(entry.sequence, 0),
+            token=7,
+            finish=FinishReason.STOP if ends else None,
         )
         for entry in plan.entries
         if entry.logits is Logits.LAST and entry.sequence not in refused
@@ -300,29 +309,61 @@ def test_engines_that_can_only_go_on_share_nothing() -> None:
     assert begun(plan_of(head)) == [(2, 0, 0)]
 
 
-def test_in_a_new_epoch_nothing_is_known_and_who_shares_begins_anew() -> None:
-    for rebuild in (None, 1):
-        head = batcher()
-        after_one(head, ends=False)
-        head.add(start(2, SYSTEM))
-        shared = plan_of(head)
-        assert begun(shared) == [(2, 12, 12)]
-        head.on_new_epoch(rebuild)
-        head.check_invariants()
-        assert head.report().waiting == 1
-        returns(head, plan_of(head))
-        opened: dict[int, int] = {}
-        plans: list[StepPlan] = []
-        while 2 not in opened:
-            plan = plan_of(head)
-            plans.append(plan)
-            if plan.rebuild is None:
-                opened |= {entry.sequence: entry.start for entry in plan.entries if entry.opens}
-                returns(head, plan, index=1)
-            else:
-                returns(head, plan)
-        # what was filled for the one that is rebuilt is known again by then
-        assert opened[2] == (0 if rebuild is None else 12)
+def sharing(head: Batcher) -> None:
+    """1 and 2 run and have three blocks in common; 2 has told a token too."""
+    after_one(head, ends=False)
+    head.add(start(2, (*SYSTEM, 1, 2, 3)))
+    shared = plan_of(head)
+    assert begun(shared) == [(2, 12, 12)]
+    returns(head, shared, told={1: 1})
+    assert head.report().running == 2
+
+
+def shape(plan: StepPlan) -> list[tuple[int, int, int]]:
+    return [(entry.sequence, entry.start, entry.count) for entry in plan.entries]
+
+
+def test_where_all_is_computed_anew_nobody_writes_where_another_reads() -> None:
+    head = batcher()
+    sharing(head)
+    head.on_new_epoch(None)
+    head.check_invariants()
+    assert head.report().waiting == 1, "it has no blocks of its own"
+    returns(head, plan_of(head))
+    entries = [*plan_of(head).entries, *plan_of(head).entries]
+    assert {entry.sequence: entry.start for entry in entries if entry.opens} == {1: 0, 2: 0}
+    given = [block for entry in entries for block in entry.new_blocks]
+    assert len(given) == len(set(given))
+
+
+def test_what_two_have_in_common_is_rebuilt_once() -> None:
+    head = batcher()
+    sharing(head)
+    head.on_new_epoch(1)
+    head.check_invariants()
+    assert head.report().waiting == 0
+    returns(head, plan_of(head))
+    first = plan_of(head)
+    assert (first.rebuild, shape(first)) == (1, [(1, 0, 15)])
+    returns(head, first)
+    second = plan_of(head)
+    assert (second.rebuild, shape(second)) == (1, [(2, 12, 5)])
+    assert second.entries[0].new_blocks[:3] == first.entries[0].new_blocks[:3]
+    returns(head, second)
+    report = head.report()
+    assert (report.rebuilt, report.recomputed, report.preemptions) == (2, 0, 0)
+    assert (2, 17, 1) in shape(plan_of(head))
+
+
+def test_of_a_second_loss_only_what_the_first_one_left_is_rebuilt() -> None:
+    head = batcher()
+    sharing(head)
+    head.on_new_epoch(1)
+    returns(head, plan_of(head))
+    plan_of(head)  # lost: stage 1 has nothing yet when stage 2 is lost too
+    head.on_new_epoch(2)
+    head.check_invariants()
+    assert head.report().waiting == 1, "one of the two would have to write where the other reads"
 
 
 def test_who_lacked_something_takes_nothing_over_again() -> None:
@@ -332,7 +373,7 @@ def test_who_lacked_something_takes_nothing_over_again() -> None:
     second = plan_of(head)
     (shared,) = (entry for entry in second.entries if entry.sequence == 2)
     assert shared.start == 12
-    returns(head, second, index=1, refused=(2,))
+    returns(head, second, told={1: 1}, refused=(2,))
     assert head.report().recomputed == 1
     again = [entry for entry in plan_of(head).entries if entry.sequence == 2]
     assert [entry.start for entry in again] == [0]

@@ -126,13 +126,13 @@ class Batcher:
             assert lost is not None
             self._departures.step_lost(lost.traffic, lost.closes)
         self._residents.nothing_on_its_way(self._next_step - 1)
-        self._residents.forget_known()
-        for sequence in self._running.values():
-            kept = 0
-            if rebuild is not None and self.can_rewind and not sequence.cached:
-                kept = sequence.kept if sequence.kept and rebuild == self._rebuild else sequence.confirmed
-            sequence.kept, sequence.confirmed, sequence.cached = kept, 0, 0
-            sequence.go_back(self._residents.table(sequence))
+        kept: dict[str, int] = {}
+        if rebuild is not None and self.can_rewind:
+            for name, one in self._running.items():
+                # what a new one begins with was not sent under its name
+                if not one.is_new:
+                    kept[name] = one.kept if one.kept and rebuild == self._rebuild else one.confirmed
+        self._residents.enter_epoch(kept)
         self._rebuild = rebuild
         self._asks_since = self._next_step
 
@@ -141,6 +141,8 @@ class Batcher:
         if self.asks:
             return None if self._under_way else self._commit({}, Traffic.DECODE)
         self._residents.admit()
+        if self._rebuild is not None:
+            self._skip_what_is_rebuilt()
         if chosen := self._choice.to_rebuild(self.plan, self._counts, self._rebuild):
             return self._commit_rebuild(chosen)
         for traffic in self._choice.turns(self.plan, self._counts):
@@ -364,10 +366,20 @@ class Batcher:
             return
         sequence.confirmed = step.served[name].end
         self._residents.publish(sequence)
+        self._end_rebuild(sequence)
+
+    def _end_rebuild(self, sequence: Sequence) -> None:
         if sequence.kept and sequence.confirmed >= sequence.kept:
             self._rebuilt += 1
             sequence.kept = 0
             sequence.go_back(self._residents.table(sequence))
+
+    def _skip_what_is_rebuilt(self) -> None:
+        """What several sequences have in common is rebuilt once."""
+        for sequence in self._running.values():
+            if sequence.kept and not sequence.is_open:
+                self._residents.skip_rebuilt(sequence)
+                self._end_rebuild(sequence)
 
     def _go_back(self, sequence: Sequence, *, anew: bool) -> None:
         """Plan again from what is sure; from the beginning where a stage lacks some of that, or engines cannot."""

@@ -219,7 +219,7 @@ class StageCompute:
         at = 0
         for entry in frame.entries:
             end = at + entry.count * token_bytes
-            self._journal.record(entry.sequence, entry.start, entry.count, raw[at:end])
+            self._journal.record(entry, raw[at:end])
             at = end
 
     def _timing(self, steps: Sequence[StageStep], step: StageStep, began_ns: int) -> StageTiming:

@@ -72,7 +72,7 @@ def make_stage(
     return KeptStage(
         compute=StageCompute(engine, sampler, codec=CODECS[assignment.codec]),
         desk=_make_desk(assignment, card, limits) if assignment.index == 0 else None,
-        journal=None if is_tail else Journal(limits.journal_bytes),
+        journal=None if is_tail else Journal(limits.journal_bytes, assignment.block_size),
         executor=executor,
     )
 

@@ -68,6 +68,15 @@ class BlockAllocator:
             self._users[block] == 1 and block not in self._index for block in self._tables.get(sequence, ())[first:]
         )
 
+    def num_known(self, sequence: int) -> int:
+        """How many of the sequence's first blocks are known."""
+        known = 0
+        for block in self._tables.get(sequence, ()):
+            if block not in self._index:
+                break
+            known += 1
+        return known
+
     def knows(self, key: bytes) -> bool:
         """Whether a block is known by this key."""
         return self._index.block(key) is not None

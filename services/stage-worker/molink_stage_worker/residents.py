@@ -141,16 +141,36 @@ class Residents:
             self._blocks.publish(sequence.number, sequence.keys[:full], sequence.published)
             sequence.published = full
 
-    def forget_known(self) -> None:
-        """Nothing of what was known counts any more, and whoever runs is to fill its blocks anew.
+    def enter_epoch(self, kept: Mapping[str, int]) -> None:
+        """Nothing is known any more. Of whoever runs, `kept` tokens are to be given to the stage that is rebuilt.
 
-        Who has blocks of another waits for some of its own. To be called when nothing is on its way.
+        What comes behind these is computed anew: who would have to do that in blocks of another waits for some of its
+        own. To be called when nothing is on its way.
         """
         self._blocks.forget_all()
-        for sequence in list(self.running.values()):
-            sequence.published = 0
-            if sequence.cached and not self._blocks.is_sole_user(sequence.number):
+        for sequence in sorted(self.running.values(), key=lambda one: kept.get(one.id, 0)):
+            sequence.kept = kept.get(sequence.id, 0)
+            sequence.confirmed = sequence.cached = sequence.published = 0
+            if self._blocks.may_write(sequence.number, sequence.kept // self._limits.block_size):
+                sequence.go_back(self.table(sequence))
+            else:
                 self._send_back(sequence)
+
+    def skip_rebuilt(self, sequence: Sequence) -> None:
+        """Let a sequence that is to be rebuilt go on behind what others have given to that stage already."""
+        size = self._limits.block_size
+        known = min(self._blocks.num_known(sequence.number), sequence.kept // size)
+        if known * size > sequence.confirmed:
+            sequence.confirmed = sequence.planned = known * size
+
+    def is_rebuilt_by_others(self, sequence: Sequence, chosen: Mapping[str, int]) -> bool:
+        """Whether others, `chosen` ones or those at it already, fill blocks that the sequence would have to fill."""
+        first = sequence.confirmed // self._limits.block_size
+        if self._blocks.may_write(sequence.number, first):
+            return False
+        lacking = set(self.table(sequence)[first : self.blocks_for(sequence.kept)])
+        others = (one for one in self.running.values() if one.kept and (one.is_open or one.id in chosen))
+        return any(not lacking.isdisjoint(self.table(one)) for one in others if one is not sequence)
 
     def begin_anew(self, sequence: Sequence) -> None:
         """A stage lacks what it should have: compute all of a running sequence, in blocks that nobody else reads."""
@@ -231,7 +251,8 @@ class Residents:
             assert sequence.confirmed <= sequence.planned <= len(sequence.tokens)
             assert not sequence.kept or sequence.planned <= sequence.kept < len(sequence.tokens)
             assert sequence.kept or sequence.cached <= sequence.confirmed
-            assert self._blocks.may_write(sequence.number, sequence.confirmed // self._limits.block_size), "shared"
+            first = max(sequence.confirmed, sequence.kept) // self._limits.block_size
+            assert self._blocks.may_write(sequence.number, first), "it would write to a block of another"
             assert self._blocks.held(sequence.number) >= self.blocks_for(max(sequence.planned, sequence.kept))
         assert self._blocks.holders == {*self.departures.numbers, *(one.number for one in self.running.values())}
 

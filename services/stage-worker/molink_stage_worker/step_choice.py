@@ -120,6 +120,8 @@ class StepChoice:
         for sequence in sorted(lacking, key=lambda one: (one.to_rebuild, one.arrival)):
             if budget <= 0:
                 break
+            if not sequence.is_open and self._residents.is_rebuilt_by_others(sequence, chosen):
+                continue
             chosen[sequence.id] = min(budget, sequence.to_rebuild)
             budget -= chosen[sequence.id]
         return chosen
