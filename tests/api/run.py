@@ -46,8 +46,9 @@ async def main(arguments: argparse.Namespace) -> int:
     st = prepare(arguments.cache.resolve() / "schemathesis")
     if arguments.prepare:
         return 0
-    async with _server(arguments) as url:
-        return await _try(st, url, arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        async with _server(arguments, Path(folder)) as url:
+            return await _try(st, url, arguments, Path(folder))
 
 
 def prepare(place: Path) -> Path:
@@ -66,19 +67,18 @@ def prepare(place: Path) -> Path:
 
 
 @contextlib.asynccontextmanager
-async def _server(arguments: argparse.Namespace) -> AsyncIterator[str]:
+async def _server(arguments: argparse.Namespace, folder: Path) -> AsyncIterator[str]:
     """The address of the system to try: the one that was named, or one started for this run."""
     if arguments.base_url is not None:
         yield arguments.base_url.rstrip("/")
         return
     print("starting a system", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        async with running_system(Path(folder) / "up.log", ["--model", "demo"]) as system:
-            yield system.url
+    async with running_system(arguments.log or folder / "up.log", ["--model", "demo"]) as system:
+        yield system.url
 
 
-async def _try(st: Path, url: str, arguments: argparse.Namespace) -> int:
-    """What schemathesis says of it."""
+async def _try(st: Path, url: str, arguments: argparse.Namespace, folder: Path) -> int:
+    """What schemathesis says of it; what it keeps for itself it keeps in `folder`."""
     command = [
         str(st),
         "run",
@@ -103,7 +103,7 @@ async def _try(st: Path, url: str, arguments: argparse.Namespace) -> int:
         command += ["--header", f"Authorization: Bearer {arguments.api_key}"]
     process = await asyncio.create_subprocess_exec(
         *command,
-        cwd=ROOT,
+        cwd=folder,
         env={**os.environ, "SCHEMATHESIS_HOOKS": "tests.api.hooks", "PYTHONPATH": str(ROOT)},
         stdin=asyncio.subprocess.DEVNULL,
     )
@@ -123,6 +123,7 @@ def _parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make test-api", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seconds", type=float, default=300.0, help="how long it may take")
     parser.add_argument("--seed", type=int, help="the same requests as another run with it")
+    parser.add_argument("--log", type=Path, help="where the system writes its log; none: it is not kept")
     parser.add_argument("--base-url", help="a system that runs already")
     parser.add_argument("--api-key", help="for it")
     parser.add_argument("--cache", type=Path, default=ROOT / ".clients", help="where its environment is kept")

@@ -172,7 +172,7 @@ def _operation(
     if answer is not None or tells_object:
         content["application/json"] = {"schema": {"type": "object"} if answer is None else _named(answer)}
     if streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": _named("StreamEvent")}
     responses: dict[str, Any] = {}
     if content:
         described = "The answer. " + _STREAM if streams else "The answer."

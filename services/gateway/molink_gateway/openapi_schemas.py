@@ -70,7 +70,7 @@ _INPUT_ITEM: Schema = {
 _TEXT_BLOCK = _answer({"type": {"const": "text"}, "text": _TEXT})
 _TEXT_OR_BLOCKS: Schema = {"anyOf": [_TEXT, _list_of(_TEXT_BLOCK)]}
 _TOOL_USE = _answer({"type": {"const": "tool_use"}, "id": _TEXT, "name": _TEXT, "input": {"type": "object"}})
-_TOOL_RESULT = _answer({"type": {"const": "tool_result"}, "tool_use_id": _TEXT}, {"content": _TEXT_OR_BLOCKS})
+_TOOL_RESULT = _answer({"type": {"const": "tool_result"}, "tool_use_id": _TEXT}, {"content": _or_null(_TEXT_OR_BLOCKS)})
 
 #: By the name of the check: what it takes.
 _SHAPES: dict[str, Schema] = {
@@ -219,6 +219,10 @@ _MODEL = _answer(
 
 #: What a client reads, by name.
 ANSWER_SCHEMAS: dict[str, Schema] = {
+    "StreamEvent": {
+        **_answer({"data": _TEXT}, {"event": _TEXT, "id": _TEXT}),
+        "description": "One of the events of a stream. `data` is JSON, or `[DONE]` at the end.",
+    },
     "Error": _answer(
         {
             "error": _answer(
