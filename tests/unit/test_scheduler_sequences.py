@@ -89,7 +89,9 @@ def test_tokens_of_another_epoch_and_after_a_gap_are_not_kept(running: Driver) -
 
 
 def test_a_sequence_that_is_not_finite_fails(running: Driver) -> None:
-    sentence = "the pipeline gave it up: its output was not finite, or its steps were lost again and again"
+    sentence = (
+        "the pipeline gave it up: its output was not finite, its grammar failed, or its steps were lost again and again"
+    )
     failed = SequenceFailed(sequence=S1, message=sentence)
     assert running.do(TokensArrived(make_step(1, failed=(S1,)))) == [FailSequence("g1", failed), DeleteSequence(S1)]
 

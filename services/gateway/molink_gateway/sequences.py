@@ -35,7 +35,8 @@ log = get_logger("gateway.sequences")
 
 ALIVE_EVERY_S = 2.0
 _GIVEN_UP = (
-    "The pipeline gave this sequence up: its output was not finite, or its steps were lost again and again. Try again."
+    "The pipeline gave this sequence up: its output was not finite, its grammar failed, or its steps were lost again "
+    "and again. Try again."
 )
 _NO_STREAM = (
     "There is no such stream to take up: it is unknown, it ended more than a minute ago, or its request did not carry "

@@ -182,7 +182,8 @@ def tokens(books: Books, step: StepTokens, now_s: float) -> Iterator[Instruction
             yield from sequence_moves.fail(
                 books,
                 sequence,
-                "the pipeline gave it up: its output was not finite, or its steps were lost again and again",
+                "the pipeline gave it up: its output was not finite, its grammar failed, or its steps were lost again "
+                "and again",
                 now_s,
                 is_at_head=False,
             )
