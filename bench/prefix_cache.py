@@ -144,7 +144,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rules", type=int, default=35, help="sentences of the long system prompt")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--dtype", default="float32", help="with bfloat16 the size of a pass shows in its numbers")
     return parser.parse_args(argv)
 
 

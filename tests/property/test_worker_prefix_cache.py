@@ -10,9 +10,10 @@ from hypothesis.stateful import rule
 
 from molink_common.errors import CapacityError
 from molink_common.wire import Entry
-from molink_stage_worker.batch_plan import BatchLimits
+from molink_stage_worker.batch_plan import BatchLimits, StepPlan
 from molink_stage_worker.kv_blocks import BlockAllocator
 from molink_stage_worker.prefix_cache import ChainKeys
+from molink_stage_worker.stage_step import StageStep
 from tests.integration.counting_engine import BLOCK, VOCABULARY
 from tests.property.test_worker_batching import BatchingMachine, Stages
 from tests.property.test_worker_rebuilds import NUM_BLOCKS, NUM_STAGES, RebuildMachine, Stage, storm
@@ -82,6 +83,15 @@ class SharingRebuildMachine(RebuildMachine):
     def make_prompt(self, length: int) -> tuple[int, ...]:
         family = self.added % 2
         return tuple((at if at < 5 else family * 11 + at * 3) % VOCABULARY for at in range(length))
+
+    def as_step(self, plan: StepPlan) -> StageStep:
+        written: set[int] = set()
+        for entry in plan.entries:
+            table = self.batcher._residents._blocks.table(entry.sequence)
+            touched = table[entry.start // BLOCK : (entry.start + entry.count - 1) // BLOCK + 1]
+            assert written.isdisjoint(touched), "two write to a block in one step"
+            written.update(touched)
+        return super().as_step(plan)
 
     @rule()
     def replace_all(self) -> None:
