@@ -120,7 +120,7 @@ def _kv_use(head: HeadReport | None, block_size: int) -> str:
 
 def _prefix_use(head: HeadReport) -> str:
     share = head.prefix_hits_tokens / head.prefix_queries_tokens
-    return f"{head.cached_blocks} free ones hold earlier texts; {share:.0%} of {head.prefix_queries_tokens} tokens found"
+    return f"{head.cached_blocks} free hold earlier texts; {share:.0%} of {head.prefix_queries_tokens} tokens found"
 
 
 def _queue(head: HeadReport | None) -> str:
