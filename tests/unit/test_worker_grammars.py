@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 from llguidance import LLMatcher
 from tokenizers import Tokenizer
 
+from bench.json_schemas import json_schemas
 from molink_common.identity import sequence_id
 from molink_common.messages import FinishReason
 from molink_common.sampling import SamplingOptions
@@ -91,6 +93,16 @@ def test_what_is_drawn_at_temperature_1_follows_the_schema(sampler: Sampler, tex
     assert set(answer) == {"n", "s"}
     assert 0 <= answer["n"] <= 99
     assert len(answer["s"]) <= 5
+
+
+def test_noise_drawn_within_a_schema_of_any_shape_is_a_valid_answer(sampler: Sampler, text_of: Tokenizer) -> None:
+    checker = jsonschema.FormatChecker()
+    for number, schema in enumerate(json_schemas(25, seed=5)):
+        grammar = LLMatcher.grammar_from_json_schema({**schema, "x-guidance": {"whitespace_flexible": False}})
+        tokens, finish = run(sampler, number, grammar=grammar, max_tokens=2000)
+        assert finish is FinishReason.STOP
+        answer = json.loads(text_of.decode(tokens))
+        jsonschema.Draft202012Validator(schema, format_checker=checker).validate(answer)
 
 
 def test_a_sequence_goes_on_as_it_would_have_from_any_place(sampler: Sampler) -> None:
