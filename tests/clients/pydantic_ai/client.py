@@ -21,7 +21,7 @@ checks = Checks("pydantic-ai")
 
 provider = OpenAICompatibleProvider("molink", base_url=BASE_URL, api_key=API_KEY)
 model = OpenAIChatModel(MODEL, provider=provider)
-SETTINGS = ModelSettings(temperature=0, max_tokens=200, timeout=TIMEOUT_S)
+SETTINGS = ModelSettings(temperature=0, max_tokens=200, timeout=TIMEOUT_S, parallel_tool_calls=False)
 LIMITS = UsageLimits(request_limit=4)
 
 
