@@ -75,7 +75,7 @@ def revoke(books: Books, name: str, reply: int, now_s: float) -> Iterator[Instru
 
 
 def saved(books: Books, name: str) -> Iterator[Instruction]:
-    """The store has a key as it is now."""
+    """The store has a key as it is now. Gateways are told first: who is told that a key is there uses it at once."""
+    yield BroadcastState()
     for reply in books.keys.replies.pop(name, ()):
         yield ReplyTo(reply, Done())
-    yield BroadcastState()
