@@ -94,6 +94,27 @@ def test_who_comes_back_is_lifted_to_nearly_the_least_of_those_here_and_not_forg
     assert shares.served("busier") == 8000
 
 
+def test_who_has_nothing_waiting_cannot_save_up_service_by_staying() -> None:
+    shares = Shares()
+    shares.enter("light")
+    shares.enter("busy")
+    shares.charge(sequence(1, "busy", prompt=10_000), 0, 9000)
+    shares.enter("light", has_waiting=True)
+    assert shares.served("light") == 0
+    shares.enter("light", has_waiting=False)
+    assert shares.served("light") == 9000 - CREDIT
+
+
+def test_of_other_tenants_prompts_none_is_computed_beside_a_newcomers() -> None:
+    head, indices = batcher(step_tokens=32, max_running=10), dict[int, int]()
+    for number in range(1, 5):
+        head.add(start(number, "flood", prompt=30))
+    step(head, indices)
+    head.add(start(9, "polite", prompt=16))
+    assert step(head, indices)[-1] == 9
+    assert 9 in step(head, indices)
+
+
 def test_an_empty_pool_begins_where_the_last_one_left() -> None:
     shares = Shares()
     shares.enter("a")
@@ -231,8 +252,8 @@ def test_many_who_decode_make_room_for_the_first_token_of_another_tenant() -> No
     while len(step(head, indices)) < 16:
         pass
     head.add(start(20, "polite", prompt=16))
-    assert len(step(head, indices)) == 4 + 1
-    assert len(step(head, indices)) == 4 + 1
+    assert len(step(head, indices)) == 2 + 1
+    assert indices[20] == 1, "its prompt goes in one step, however small the plan's chunks are"
     assert len(step(head, indices)) >= 16, "the prompt is computed: all decode again"
 
 

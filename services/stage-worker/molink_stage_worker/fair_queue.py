@@ -51,10 +51,10 @@ class Shares:
         """Weighted tokens."""
         return self._served.get(tenant, 0)
 
-    def enter(self, tenant: str) -> None:
-        """A sequence of this tenant has come."""
-        if tenant not in self._present:
-            self._served[tenant] = max(self.served(tenant), self._least() - CREDIT)
+    def enter(self, tenant: str, *, has_waiting: bool = False) -> None:
+        """A sequence of this tenant has come; whether another one of it waits for a place."""
+        if not has_waiting:
+            self._served[tenant] = max(self.served(tenant), self._least(but=tenant) - CREDIT)
         self._present[tenant] += 1
 
     def leave(self, tenant: str) -> None:
@@ -92,8 +92,11 @@ class Shares:
         found = [sequence for tenant, sequence in last.items() if counts[tenant] > above]
         return max(found, key=lambda one: (self.served(one.tenant), turn(one)), default=None)
 
-    def _least(self) -> int:
-        return min((self.served(tenant) for tenant in self._present), default=self._last_left)
+    def _least(self, *, but: str | None = None) -> int:
+        others = [self.served(tenant) for tenant in self._present if tenant != but]
+        if not others:
+            return self.served(but) if but is not None and but in self._present else self._last_left
+        return min(others)
 
     def _forget(self) -> None:
         least = self._least()
@@ -114,6 +117,10 @@ class FairQueue:
 
     def __len__(self) -> int:
         return sum(map(len, self._lines.values()))
+
+    def has(self, tenant: str) -> bool:
+        """Whether a sequence of this tenant waits."""
+        return tenant in self._lines
 
     def __iter__(self) -> Iterator[Sequence]:
         for line in self._lines.values():

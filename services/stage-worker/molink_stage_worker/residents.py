@@ -97,8 +97,8 @@ class Residents:
         self._arrivals += 1
         sequence = Sequence.starting(start, self._arrivals)
         self._sequences[sequence.id] = sequence
+        self.shares.enter(sequence.tenant, has_waiting=self._waiting.has(sequence.tenant))
         self._waiting.add(sequence)
-        self.shares.enter(sequence.tenant)
 
     def admit(self) -> None:
         """Let sequences in, by turns, while their blocks leave one for each that runs."""

@@ -10,7 +10,7 @@ from molink_stage_worker.batch_sequence import Sequence
 from molink_stage_worker.chunk_choice import ChunkChoice
 from molink_stage_worker.residents import Residents
 
-_PART_BESIDE_NEWCOMER = 4
+_PART_BESIDE_NEWCOMER = 8
 """While a tenant waits for a first token, those that were served more get this part of a decode step: a step of all
 their sequences would delay it by all of their computing, and a token later costs them little."""
 _LEAST_REBUILDS_UNDER_WAY = 2
@@ -53,7 +53,8 @@ class StepChoice:
         if traffic is Traffic.DECODE:
             self._choose_decode(plan, chosen)
         if traffic is Traffic.BULK or not plan.separate_prefill:
-            chunks = self.chunks(chosen, traffic, plan.chunk_tokens)
+            is_urgent = not plan.separate_prefill and self._newcomer() is not None
+            chunks = self.chunks(chosen, traffic, self._limits.step_tokens if is_urgent else plan.chunk_tokens)
             chosen |= chunks
         return chosen
 
@@ -104,10 +105,13 @@ class StepChoice:
             and self._residents.make_room(sequence, len(sequence.tokens), taken)
         ]
         prompts = [sequence for sequence in prompts if sequence.id in self._residents.running]
+        newcomer = self._newcomer()
+        if newcomer is not None:  # the tokens of others in its step would delay it
+            prompts = [sequence for sequence in prompts if self._served(sequence) <= newcomer] or prompts
         return self._prompts.choose(prompts, min(self._limits.step_tokens - len(taken), most_tokens)) if prompts else {}
 
     def to_rebuild(self, plan: BatchPlan, counts: Mapping[Traffic, int], rebuild: int | None) -> dict[str, int]:
-        """The shortest sequences first: most streams go on soonest."""
+        """Who has waited through most losses first; then the shortest: most streams go on soonest."""
         if rebuild is None:
             return {}
         if counts[Traffic.BULK] >= max(plan.chunks_under_way, _LEAST_REBUILDS_UNDER_WAY):
@@ -117,7 +121,7 @@ class StepChoice:
         ]
         budget = min(self._limits.step_tokens, plan.chunk_tokens)
         chosen: dict[str, int] = {}
-        for sequence in sorted(lacking, key=lambda one: (one.to_rebuild, one.arrival)):
+        for sequence in sorted(lacking, key=lambda one: (-one.interruptions, one.to_rebuild, one.arrival)):
             if budget <= 0:
                 break
             if not sequence.is_open and self._residents.is_rebuilt_by_others(sequence, chosen):
