@@ -85,7 +85,7 @@ def _judged(stream: StreamResult, schema: Schema) -> tuple[str, str]:
     if stream.finish_reason == "length":
         return "cut", stream.text[:200]
     try:
-        jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker()).validate(
+        jsonschema.Draft202012Validator(schema, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER).validate(
             json.loads(stream.text)
         )
     except (ValueError, jsonschema.ValidationError) as error:

@@ -57,6 +57,25 @@ def test_a_schema_is_kept_to() -> None:
         assert not takes(grammar, "{}")
 
 
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [
+        ("date", ["2024-02-29", "2000-02-29", "2023-12-31", "0001-01-01"], ["2023-02-29", "1900-02-29", "0000-01-01"]),
+        ("date", ["1996-02-28"], ["1996-02-30", "2023-04-31", "2023-13-01"]),
+        ("time", ["05:34:59Z", "23:59:59.5+01:00"], ["05:34:60Z", "24:00:00Z", "05:34:59"]),
+        ("date-time", ["2024-02-29T05:34:59Z"], ["2023-02-29T05:34:59Z", "2024-02-29T05:34:60Z", "2024-02-29"]),
+    ],
+)
+def test_dates_and_times_are_those_that_exist(kind: str, good: list[str], bad: list[str]) -> None:
+    grammar = grammar_of(by_schema({"anyOf": [{"type": "string", "format": kind}, {"type": "null"}]}), None)
+    assert [takes(grammar, json.dumps(text)) for text in good + bad] == [True] * len(good) + [False] * len(bad)
+
+
+def test_a_value_that_looks_like_a_schema_is_left_alone() -> None:
+    grammar = grammar_of(by_schema({"const": {"format": "date"}}), None)
+    assert takes(grammar, '{"format": "date"}')
+
+
 def test_whitespace_has_an_end() -> None:
     assert not takes(grammar_of({"type": "json_object"}, None), "{" + " " * 1000 + "}")
     tight = grammar_of(None, {"json_object": True, "disable_any_whitespace": True})
