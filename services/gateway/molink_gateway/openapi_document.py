@@ -9,9 +9,11 @@ from typing import Any
 
 from molink_common import __version__
 from molink_gateway.messages_request import CountRequest, MessagesRequest
-from molink_gateway.openapi_schemas import ANSWER_SCHEMAS, Schema, request_schemas
+from molink_gateway.openapi_parts import Schema
+from molink_gateway.openapi_requests import request_schemas
+from molink_gateway.openapi_schemas import ANSWER_SCHEMAS
 from molink_gateway.requests import ChatRequest, CompletionRequest
-from molink_gateway.responses_request import ResponsesRequest
+from molink_gateway.responses_request import PASSED_ON, ResponsesRequest
 from molink_gateway.token_routes import DetokenizeRequest, TokenizeRequest
 
 _ERRORS = {
@@ -44,6 +46,8 @@ def document() -> dict[str, Any]:
         TokenizeRequest,
         DetokenizeRequest,
     )
+    as_in_a_chat = {field: requests["ChatRequest"]["properties"][field] for field in PASSED_ON}
+    requests["ResponsesRequest"]["properties"] |= as_in_a_chat
     return {
         "openapi": "3.1.0",
         "info": {
