@@ -287,7 +287,10 @@ def test_tenants_share_nothing() -> None:
     after_one(head, tenant="one")
     head.add(start(2, SYSTEM, tenant="other"))
     head.add(start(3, SYSTEM, tenant="one"))
-    assert sorted(begun(plan_of(head))) == [(2, 0, 0), (3, 12, 12)]
+    opened = begun(plan_of(head))
+    while len(opened) < 2:  # a tenant's first prompt may go by itself
+        opened += begun(plan_of(head))
+    assert sorted(opened) == [(2, 0, 0), (3, 12, 12)]
 
 
 def test_who_asks_for_log_probabilities_of_the_prompt_computes_it() -> None:
