@@ -24,13 +24,14 @@ from molink_stage_worker.lives import Lives
 def make_start(
     number: int, prompt: int, new: int, generated: tuple[int, ...] = (), tenant: str = "", priority: int = 0
 ) -> StartSequence:
+    """Every third one has the log probabilities of its prompt told."""
     return StartSequence(
         pipeline=1,
         epoch=1,
         sequence=sequence_id(number),
         prompt=tuple(range(prompt)),
         generated=generated,
-        options=SamplingOptions(max_tokens=new),
+        options=SamplingOptions(max_tokens=new, prompt_logprobs=None if number % 3 else 0),
         tenant=tenant,
         priority=priority,
     )
@@ -54,6 +55,10 @@ class Stages:
         self.most: dict[str, int] = {}
         self.texts: dict[int, list[int]] = {}
         """As the tail was told when they opened."""
+        self.stale: set[int] = set()
+        """Sequences that ended, which a step that was lost was to say."""
+        self.untold: dict[str, set[int]] = {}
+        """Places of prompts whose log probabilities have not been told and are to be."""
 
     def run(self, plan: StepPlan) -> StepTokens:
         frame = StepFrame(
@@ -67,10 +72,13 @@ class Stages:
             self.tables.pop(int(name, 16), None)
             self.lengths.pop(int(name, 16), None)
             self.generated.pop(name, None)
+            self.stale.discard(int(name, 16))
         for opening in plan.opens:
             self.texts[int(opening.sequence, 16)] = [*opening.prompt, *opening.generated]
             self.generated[opening.sequence] = len(opening.generated)
             self.most[opening.sequence] = opening.options.max_tokens
+            tells = opening.options.prompt_logprobs is not None
+            self.untold.setdefault(opening.sequence, set(range(1, len(opening.prompt))) if tells else set())
         entries = () if hole else plan.entries
         self.lives.open(entries, plan.step)
         events = []
@@ -78,18 +86,24 @@ class Stages:
         for entry in entries:
             if entry.opens:
                 self.tables[entry.sequence] = []
+                self.stale.discard(entry.sequence)
                 self.check_opening(entry)
             else:
                 assert entry.start == self.lengths[entry.sequence], "positions are not contiguous"
+                assert entry.sequence not in self.stale, "it goes on after its end"
             self.lengths[entry.sequence] = entry.start
             self.tables[entry.sequence].extend(entry.new_blocks)
             self.lengths[entry.sequence] += entry.count
             assert len(self.tables[entry.sequence]) * self.limits.block_size >= self.lengths[entry.sequence]
             self.fill(entry, plan.token_ids[token_at : token_at + entry.count])
             token_at += entry.count
-            if entry.logits is Logits.LAST:
-                name = sequence_id(entry.sequence)
+            name, end = sequence_id(entry.sequence), entry.start + entry.count
+            if entry.logits is Logits.ALL:
+                self.untold[name].difference_update(range(entry.start + 1, end + 1))
+            if entry.logits is not Logits.NONE and end == len(self.texts[entry.sequence]):
+                assert not self.untold[name], "a token before all of its prompt was told"
                 index = self.generated[name]
+                self.texts[entry.sequence].append(token_of(entry.sequence, index))
                 self.generated[name] += 1
                 finish = FinishReason.LENGTH if index + 1 == self.most[name] else None
                 events.append(
@@ -98,6 +112,9 @@ class Stages:
         self.check_blocks()
         return StepTokens(pipeline=1, epoch=1, step=plan.step, events=tuple(events))
 
+    def lose(self, plan: StepPlan) -> None:
+        """A step never arrives."""
+        self.stale.update(int(name, 16) for name in plan.closes if int(name, 16) in self.tables)
 
     def check_opening(self, entry: Entry) -> None:
         assert entry.start <= self.lengths.get(entry.sequence, 0), "it opens behind what is here"
@@ -106,7 +123,7 @@ class Stages:
         """The entry's tokens are computed."""
 
     def check_blocks(self) -> None:
-        owned = [block for table in self.tables.values() for block in table]
+        owned = [block for name, table in self.tables.items() if name not in self.stale for block in table]
         assert len(owned) == len(set(owned)), "two sequences in one block"
 
 
@@ -221,6 +238,8 @@ class BatchingMachine(RuleBasedStateMachine):
                 if index < len(arrive) and arrive[index]:
                     self.given_up.add(plan.step)
                     kept.append(plan)
+                else:
+                    self.stages.lose(plan)
             self.under_way[traffic] = kept
         self.batcher.on_all_lost()
         self.give_up()

@@ -2,59 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from molink_common.errors import CapacityError
 from molink_common.identity import sequence_id
-from molink_common.messages import FinishReason, StartSequence, StepTokens, TokenEvent
-from molink_common.sampling import SamplingOptions
+from molink_common.messages import FinishReason, StepTokens
 from molink_common.wire import Logits, Traffic
-from molink_stage_worker.batch_plan import BatchLimits, BatchPlan, StepPlan
 from molink_stage_worker.batching import MAX_RESTARTS_AFTER_LOSS, Batcher
 from molink_stage_worker.kept_stage import tokens_in_a_frame
 from molink_stage_worker.kv_blocks import BlockAllocator
-
-TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-
-
-def batcher(*, micro_batches: int = 1, separate: bool = False, chunk_tokens: int = 10**6, **limits: int) -> Batcher:
-    plan = BatchPlan(
-        micro_batches=micro_batches, chunk_tokens=chunk_tokens, chunks_under_way=2, separate_prefill=separate
-    )
-    return Batcher(BatchLimits(**{"num_blocks": 100, "block_size": 4, "step_tokens": 16, **limits}), plan)
-
-
-def start(number: int, prompt: int, new: int = 50, trace: str | None = None) -> StartSequence:
-    return StartSequence(
-        pipeline=1,
-        epoch=1,
-        sequence=sequence_id(number),
-        prompt=tuple(range(100, 100 + prompt)),
-        options=SamplingOptions(max_tokens=new),
-        trace=trace,
-    )
-
-
-def result(plan: StepPlan, indices: dict[int, int], finish: FinishReason | None = None) -> StepTokens:
-    """A token 7 for each entry that wants one; `indices` counts them by sequence."""
-    events = []
-    for entry in plan.entries:
-        if entry.logits is Logits.LAST:
-            index = indices.get(entry.sequence, 0)
-            indices[entry.sequence] = index + 1
-            events.append(TokenEvent(sequence=sequence_id(entry.sequence), index=index, token=7, finish=finish))
-    return StepTokens(pipeline=1, epoch=1, step=plan.step, events=tuple(events))
-
-
-def plan_of(head: Batcher) -> StepPlan:
-    plan = head.next_step()
-    assert plan is not None
-    head.check_invariants()
-    return plan
-
-
-def shape(plan: StepPlan) -> list[tuple[int, int, int, Logits]]:
-    return [(entry.sequence, entry.start, entry.count, entry.logits) for entry in plan.entries]
+from tests.batcher_builders import TRACE, batcher, plan_of, result, shape, start
 
 
 def test_a_long_prompt_goes_in_chunks_that_follow_each_other_without_waiting() -> None:
@@ -81,36 +40,6 @@ def test_a_decode_token_waits_for_the_one_before_it() -> None:
     assert shape(second) == [(1, 3, 1, Logits.LAST)]
     assert second.token_ids == (7,)
     assert second.opens == ()
-
-
-def test_decode_tokens_come_before_chunks_of_prompts() -> None:
-    head, indices = batcher(), dict[int, int]()
-    head.add(start(1, prompt=3))
-    head.on_tokens(result(plan_of(head), indices))
-    head.add(start(2, prompt=40))
-    assert shape(plan_of(head)) == [(1, 3, 1, Logits.LAST), (2, 0, 15, Logits.NONE)]
-
-
-def test_decode_sequences_are_shared_out_among_the_steps_under_way() -> None:
-    head, indices = batcher(micro_batches=3), dict[int, int]()
-    for number in range(7):
-        head.add(start(number, prompt=2))
-    head.on_tokens(result(plan_of(head), indices))
-    plans = [plan_of(head) for _ in range(3)]
-    assert [len(plan.entries) for plan in plans] == [3, 3, 1]
-    assert {entry.sequence for plan in plans for entry in plan.entries} == set(range(7))
-
-
-def test_who_was_served_longest_ago_comes_first() -> None:
-    head, indices = batcher(step_tokens=2), dict[int, int]()
-    for number in range(4):
-        head.add(start(number, prompt=1))
-    served = []
-    for _ in range(8):
-        plan = plan_of(head)
-        served.append([entry.sequence for entry in plan.entries])
-        head.on_tokens(result(plan, indices))
-    assert all(indices[number] >= 3 for number in range(4)), served
 
 
 def test_a_finished_sequence_is_closed_by_the_next_step_and_its_blocks_serve_at_once() -> None:
@@ -162,7 +91,7 @@ def test_the_newest_gives_way_when_blocks_run_out_and_keeps_its_tokens() -> None
     assert plan.entries[-1].count == 3 + indices[2]
 
 
-def one_old_one_new(**limits: int) -> tuple[Batcher, dict[int, int]]:
+def one_old_one_new(**limits: Any) -> tuple[Batcher, dict[int, int]]:
     """Both need a block for their next token, one is free, and it is the newer one's turn."""
     head, indices = batcher(num_blocks=4, step_tokens=7, **limits), dict[int, int]()
     head.add(start(1, prompt=8))
@@ -282,33 +211,6 @@ def test_a_result_of_a_stopped_sequence_does_not_reach_another_of_the_same_id() 
     assert shape(plan_of(head)) == [(1, 6, 1, Logits.LAST)]
 
 
-def test_prompts_go_in_steps_of_their_own_and_decode_goes_first() -> None:
-    head, indices = batcher(micro_batches=2, separate=True, chunk_tokens=8), dict[int, int]()
-    for number in (1, 2):
-        head.add(start(number, prompt=3))
-    first = plan_of(head)
-    assert (first.traffic, [entry.count for entry in first.entries]) == (Traffic.BULK, [3, 3])
-    head.on_tokens(result(first, indices))
-    head.add(start(3, prompt=20))
-    plans = [plan_of(head) for _ in range(4)]
-    assert [plan.traffic.name for plan in plans] == ["DECODE", "DECODE", "BULK", "BULK"]
-    assert [shape(plan)[0][:3] for plan in plans] == [(1, 3, 1), (2, 3, 1), (3, 0, 8), (3, 8, 8)]
-    assert head.next_step() is None
-
-
-def test_a_chunk_gets_its_turn_however_much_there_is_to_decode() -> None:
-    head, indices = batcher(micro_batches=1, separate=True, chunk_tokens=4), dict[int, int]()
-    head.add(start(1, prompt=3))
-    head.on_tokens(result(plan_of(head), indices))
-    head.add(start(2, prompt=12))
-    kinds = []
-    for _ in range(6):
-        plan = plan_of(head)
-        kinds.append(plan.traffic.name)
-        head.on_tokens(result(plan, indices))
-    assert kinds == ["DECODE", "BULK", "DECODE", "BULK", "DECODE", "BULK"]
-
-
 def test_a_step_of_one_class_says_nothing_about_those_of_the_other() -> None:
     head, indices = batcher(micro_batches=2, separate=True, chunk_tokens=4), dict[int, int]()
     head.add(start(1, prompt=3))
@@ -348,21 +250,6 @@ def test_a_sequence_whose_steps_were_lost_waits_until_they_cannot_arrive_any_mor
     assert shape(again) == [(1, 0, 8, Logits.LAST)]
     assert again.entries[0].opens
     assert not again.closes
-
-
-def test_few_prompts_open_in_one_step_if_they_are_long() -> None:
-    head = batcher(opening_tokens=10)
-    for number in range(3):
-        head.add(start(number, prompt=5))
-    assert [opening.sequence for opening in plan_of(head).opens] == [sequence_id(0), sequence_id(1)]
-
-
-def test_few_sequences_open_in_one_step_if_their_grammars_are_long() -> None:
-    head = batcher(opening_tokens=30)
-    for number in range(3):
-        plain = start(number, prompt=5)
-        head.add(plain.model_copy(update={"options": SamplingOptions(max_tokens=50, grammar="x" * 40)}))
-    assert [opening.sequence for opening in plan_of(head).opens] == [sequence_id(0), sequence_id(1)]
 
 
 def test_trace_context_travels_with_the_steps_of_traced_sequences_only() -> None:

@@ -50,10 +50,13 @@ def test_a_hole_makes_a_hole_of_everything_after_it() -> None:
     assert fence.dropped.total() == 2
 
 
-def test_tokens_may_be_written_again_but_not_after_a_close() -> None:
+def test_only_an_opening_goes_back_and_nothing_goes_on_after_a_close() -> None:
     fence = Fence(pipeline=1, epoch=3, block_size=4)
     fence.enter(1, [entry(0, 4, opens=True)], {})
-    assert fence.enter(1, [entry(2, 1)], {}) is None
+    # the step that opened it again at 0 was lost, the one behind it arrives
+    assert fence.enter(1, [entry(2, 1)], {}) is Drop.HOLE
+    fence.enter(1, [entry(0, 4, opens=True)], {})
+    assert fence.enter(1, [entry(2, 1, opens=True)], {}) is None
     assert fence.enter(1, [entry(4, 1)], {}) is Drop.HOLE  # it went back to 3
     fence.enter(1, [entry(0, 4, opens=True)], {})
     assert fence.enter(1, [entry(4, 1)], {sequence_id(7): 1}) is Drop.HOLE

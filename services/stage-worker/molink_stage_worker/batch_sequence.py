@@ -50,6 +50,8 @@ class Sequence:
     opened_by: int | None = None
     """The step that opened it last; None: no stage knows it."""
     restarts: int = 0
+    interruptions: int = 0
+    """Losses since its last token, here and before it came here."""
     tenant: str = ""
     priority: int = 0
     charged: int = 0
@@ -76,6 +78,7 @@ class Sequence:
             trace=start.trace,
             tenant=start.tenant,
             priority=start.priority,
+            interruptions=start.interruptions,
             tokens=[*start.prompt, *start.generated],
         )
 

@@ -127,6 +127,8 @@ class Batcher:
             self._departures.step_lost(lost.traffic, lost.closes)
         self._residents.nothing_on_its_way(self._next_step - 1)
         kept: dict[str, int] = {}
+        for one in self._running.values():
+            one.interruptions += 1
         if rebuild is not None and self.can_rewind:
             for name, one in self._running.items():
                 # what a new one begins with was not sent under its name
@@ -223,7 +225,7 @@ class Batcher:
                 continue
             lacking.pop(event.sequence, None)
             sequence.tokens.append(event.token)
-            sequence.restarts = 0
+            sequence.restarts = sequence.interruptions = 0
             if event.finish is not None:
                 self._residents.forget(sequence)
         for name in tokens.failed:

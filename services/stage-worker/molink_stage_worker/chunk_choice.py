@@ -13,7 +13,8 @@ MOST_LOGIT_ROWS = 128
 
 
 class ChunkChoice:
-    """The tenant served least first; every third time its prompt that came first, else the one nearest to its end.
+    """The tenant served least first; of its prompts those that have waited through most losses, lest each loss begin
+    with the same short ones; of these every third time the one that came first, else the one nearest to its end.
 
     Were all served alike, all would end late. So short prompts pass long ones, but cannot hold them up for ever. A
     step stops opening sequences once their prompts together pass `opening_tokens`, and takes at most `MOST_LOGIT_ROWS`
@@ -34,6 +35,7 @@ class ChunkChoice:
             key=lambda one: (
                 self._shares.served(one.tenant),
                 one.priority,
+                -one.interruptions,
                 0 if is_first_come else one.unplanned,
                 one.arrival,
             ),

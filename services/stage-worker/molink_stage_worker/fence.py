@@ -2,7 +2,7 @@
 
 A broker may deliver what is stale (an older epoch) or lose something in an outage. A frame counts only if it is
 of this pipeline and epoch, is newer than every frame of its class before it, and continues each of its sequences at
-or before the position that the sequence has reached here, also where the sequence opens again: computing on after a
+the position that the sequence has reached here, or before it where the sequence opens again: computing on after a
 hole would give wrong text without an error. A sequence may open behind KV blocks that others have filled here in this
 epoch (see `prefix_cache`). Whether the stage computes a step or passes it on makes no difference
 here: what is rebuilt elsewhere is in this stage's KV blocks.
@@ -89,7 +89,9 @@ class Fence:
         self.dropped[reason] += 1
 
     def _goes_on(self, entry: Entry) -> bool:
-        if entry.start <= self._lengths.get(entry.sequence, 0 if entry.opens else -1):
+        length = self._lengths.get(entry.sequence, 0 if entry.opens else -1)
+        # only an opening goes back: else it is a step of a life whose opening was lost on the way
+        if entry.start == length or (entry.opens and entry.start < length):
             return True
         filled, rest = divmod(entry.start, self._block_size)
         return (
