@@ -104,18 +104,18 @@ def test_nobody_is_turned_away_before_anything_was_measured() -> None:
 def test_nobody_is_turned_away_from_a_short_line_or_without_a_target() -> None:
     slow = measured(each_s=100.0)
     overload = Overload(1.0)
-    overload.meter = slow
+    overload.meters[True] = slow
     assert overload.why_not(line(a=LEAST_LINE - 1), tenant="a", prompt_tokens=10) is None
     assert overload.why_not(line(a=500), tenant="b", prompt_tokens=10) is None
     assert overload.why_not(line(a=500), tenant="a", prompt_tokens=10) is not None
     off = Overload(0.0)
-    off.meter = slow
+    off.meters[True] = slow
     assert off.why_not(line(a=500), tenant="a", prompt_tokens=10) is None
 
 
 def test_who_was_turned_away_comes_in_once_the_line_is_a_little_shorter() -> None:
     overload = Overload(10.0)
-    overload.meter = measured(each_s=0.5)
+    overload.meters[True] = measured(each_s=0.5)
     assert overload.why_not(line(a=19), tenant="a", prompt_tokens=1) is None
     late = overload.why_not(line(a=20), tenant="a", prompt_tokens=1)
     assert late is not None and late.predicted_s == 10.5
@@ -128,10 +128,23 @@ def test_who_was_turned_away_comes_in_once_the_line_is_a_little_shorter() -> Non
 
 def test_a_refusal_because_of_a_long_prompt_does_not_hold_for_short_ones() -> None:
     overload = Overload(10.0)
-    overload.meter = measured(each_s=0.5)
+    overload.meters[True] = measured(each_s=0.5)
     late = overload.why_not(line(awaits_places=False, a=4), tenant="a", prompt_tokens=50_000)
     assert late is not None and late.holds_s is None
     assert overload.why_not(line(awaits_places=False, a=4), tenant="a", prompt_tokens=10) is None
+
+
+def test_how_fast_an_empty_pool_fills_says_nothing_of_how_fast_places_become_free() -> None:
+    overload = Overload(10.0)
+    for number in range(40):
+        overload.look(20, number * 0.1, awaits_places=False)
+        overload.first_token(100)
+    assert overload.why_not(line(a=30), tenant="a", prompt_tokens=1) is None, "nothing better is known yet"
+    for number in range(10):
+        overload.look(20, 4.0 + number, awaits_places=True)
+        overload.first_token(100)
+    late = overload.why_not(line(a=30), tenant="a", prompt_tokens=1)
+    assert late is not None and late.predicted_s == pytest.approx(31.0, rel=0.15)
 
 
 class Client:

@@ -89,8 +89,9 @@ def retry_after_s(finished_s: Sequence[float], now_s: float) -> float:
 
 def first_token_came(books: Books, sequence: book.Sequence, now_s: float) -> None:
     """Learn how fast the line of those who wait for a first token moves. To be called while it is still in the line."""
-    books.overload.meter.look(sum(not one.generated for one in books.sequences.values()), now_s)
-    books.overload.meter.first_token(len(sequence.record.request.prompt))
+    length = sum(not one.generated for one in books.sequences.values())
+    books.overload.look(length, now_s, awaits_places=_awaits_places(books))
+    books.overload.first_token(len(sequence.record.request.prompt))
 
 
 def _is_full(request: SubmitSequence, books: Books) -> bool:
@@ -106,7 +107,7 @@ def _is_full(request: SubmitSequence, books: Books) -> bool:
 
 def _why_too_late(request: SubmitSequence, books: Books, now_s: float) -> Refused | None:
     line = _line(books)
-    books.overload.meter.look(line.length, now_s)
+    books.overload.look(line.length, now_s, awaits_places=line.awaits_places)
     late = books.overload.why_not(line, tenant=request.tenant, prompt_tokens=len(request.prompt))
     if late is None:
         return None
@@ -129,8 +130,11 @@ def _line(books: Books) -> Line:
             request = one.record.request
             sequences[request.tenant] += 1
             prompt_tokens[request.tenant] += len(request.prompt)
-    awaits_places = any(head.waiting > 0 for head in _heads(books))
-    return Line(sequences=sequences, prompt_tokens=prompt_tokens, awaits_places=awaits_places)
+    return Line(sequences=sequences, prompt_tokens=prompt_tokens, awaits_places=_awaits_places(books))
+
+
+def _awaits_places(books: Books) -> bool:
+    return any(head.waiting > 0 for head in _heads(books))
 
 
 def _heads(books: Books) -> Iterator[HeadReport]:

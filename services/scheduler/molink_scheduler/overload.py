@@ -3,8 +3,9 @@
 Whoever waits for a first token stands in a line. While the line is not empty, first tokens come out of the pipelines
 as fast as these can let sequences in: as places become free, or as prompts are computed, whichever is scarcer. So the
 speed of the line is measured, not modelled, and a newcomer's wait is what stands before it in the line over that
-speed. Heads serve tenants by turns (fair shares), so before a newcomer stand its own tenant's sequences, and of every
-other tenant's no more than as many again.
+speed. It is measured apart for times in which sequences wait for places: while an empty pool fills, first tokens come
+much faster than places become free later. Heads serve tenants by turns (fair shares), so before a newcomer stand its
+own tenant's sequences, and of every other tenant's no more than as many again.
 
 Pure but for what it remembers: no IO, and the time is an argument, in seconds.
 """
@@ -123,13 +124,24 @@ class Overload:
         self._target_s = target_s
         self._turned_away: set[str] = set()
         """Tenants whose last request was."""
-        self.meter = LineMeter()
+        self.meters = {True: LineMeter(), False: LineMeter()}
+        """For times in which sequences wait for places, and for others."""
+
+    def look(self, length: int, now_s: float, *, awaits_places: bool) -> None:
+        """The line is this long from now on, and this is what it waits for."""
+        for is_for, meter in self.meters.items():
+            meter.look(length if is_for is awaits_places else 0, now_s)
+
+    def first_token(self, prompt_tokens: int) -> None:
+        """One left the line, which was looked at a moment ago."""
+        for meter in self.meters.values():
+            meter.first_token(prompt_tokens)
 
     def why_not(self, line: Line, *, tenant: str, prompt_tokens: int) -> TooLate | None:
         """None: let it in."""
         if line.length < LEAST_LINE:
             self._turned_away.clear()
-        speed = self.meter.speed()
+        speed = self.meters[line.awaits_places].speed() or self.meters[not line.awaits_places].speed()
         if not self._target_s or speed is None or _with_its_turns(line.sequences, tenant, 0) < LEAST_LINE:
             self._turned_away.discard(tenant)
             return None
