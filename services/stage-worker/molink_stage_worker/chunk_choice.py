@@ -16,9 +16,10 @@ class ChunkChoice:
     """The tenant served least first; of its prompts, those that have waited through most losses.
 
     Of these every third time the one that came first, else the one nearest to its end. Each loss would else begin with
-    the same short ones, and the longest would wait through them all. Were all served alike, all would end late. So short prompts pass long ones, but cannot hold them up for ever. A
-    step stops opening sequences once their prompts together pass `opening_tokens`, and takes at most `MOST_LOGIT_ROWS`
-    tokens of prompts whose log probabilities are told.
+    the same short ones, and the longest would wait through them all. Were all served alike, all would end late. So
+    short prompts pass long ones, but cannot hold them up for ever. A step stops opening sequences once their prompts
+    together pass `opening_tokens`, and takes at most `MOST_LOGIT_ROWS` tokens of prompts whose log probabilities are
+    told.
     """
 
     def __init__(self, opening_tokens: int, shares: Shares) -> None:
