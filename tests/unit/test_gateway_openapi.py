@@ -83,3 +83,12 @@ def test_each_shape_that_is_described_is_taken(schema: str, field: str, values: 
         body = {"model": "demo", "prompt": "a", "messages": [{"role": "user", "content": "a"}], field: value}
         parse = parse_chat if schema == "ChatRequest" else parse_completion
         parse(orjson.dumps(body))
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEMAS if name.endswith("Request")])
+def test_every_field_of_a_request_says_what_it_takes(name: str) -> None:
+    """A check that was renamed, or a new one, would leave its field described as anything."""
+    said = {
+        field: described.keys() - {"title", "description"} for field, described in SCHEMAS[name]["properties"].items()
+    }
+    assert [field for field, words in said.items() if not words] == []
