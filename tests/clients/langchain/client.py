@@ -110,7 +110,8 @@ def with_structured_output_by_function_calling() -> str:
 
 @checks.add
 def with_structured_output_streamed() -> str:
-    partial = list(chat.with_structured_output(Person.model_json_schema() | {"title": "Person"}).stream("Invent one."))
+    schema = Person.model_json_schema() | {"additionalProperties": False}
+    partial = list(chat.with_structured_output(schema).stream("Invent one."))
     assert Person.model_validate(partial[-1]), partial
     return f"{len(partial)} partial objects, last {partial[-1]}"
 

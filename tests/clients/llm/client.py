@@ -115,7 +115,7 @@ def completion() -> str:
 
 @checks.add
 def responses() -> str:
-    text = _llm("-m", "molink-responses", "What is the capital of France?", "-o", "max_output_tokens", "32")
+    text = _llm("-m", "molink-responses", "What is the capital of France?", "-o", "max_tokens", "32")
     assert text
     return text
 
