@@ -44,7 +44,7 @@ def test_an_object_is_any_object() -> None:
 
 
 def test_a_schema_is_kept_to() -> None:
-    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    schema: Any = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
     schema["additionalProperties"] = False
     forms: list[tuple[Any, Any]] = [(by_schema(schema, strict=True), None), (None, {"json": schema})]
     forms.append((None, {"json": json.dumps(schema)}))

@@ -150,7 +150,13 @@ def test_an_end_that_is_held_back_is_not_drawn_while_more_may_follow(sampler: Sa
 
 
 def test_penalties_filters_and_bias_stay_within_the_grammar(sampler: Sampler, text_of: Tokenizer) -> None:
-    hindered = {"repetition_penalty": 2.0, "frequency_penalty": 2.0, "presence_penalty": 2.0, "top_k": 1, "top_p": 0.1}
+    hindered: dict[str, Any] = {
+        "repetition_penalty": 2.0,
+        "frequency_penalty": 2.0,
+        "presence_penalty": 2.0,
+        "top_k": 1,
+        "top_p": 0.1,
+    }
     tokens, _ = run(sampler, logit_bias=dict.fromkeys(range(3, WIDTH), -100.0), **hindered)
     assert set(json.loads(text_of.decode(tokens))) == {"n", "s"}
 
@@ -210,7 +216,7 @@ def test_many_sequences_of_many_grammars_at_once(sampler: Sampler, text_of: Toke
 
 def test_a_mask_is_as_wide_as_the_logits(grammars: Grammars, text_of: Tokenizer) -> None:
     mask = grammars.follow(AB, ()).mask()
-    allowed = {text_of.token_to_id(letter) for letter in "ab"}
+    allowed = {text_of.encode(letter).ids[0] for letter in "ab"}
     for width in (WIDTH, 300, 301, 1):
         forbidden = mask.forbidden(width, torch.device("cpu"))
         assert forbidden.shape == (width,)

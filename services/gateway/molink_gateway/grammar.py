@@ -87,7 +87,7 @@ def unchecked_json_schema_grammar(
     if not isinstance(schema, dict):
         raise bad_request(f"`{param}` must hold a JSON schema, which is an object.", param=param)
     _check_schema_depth(schema, param)
-    options = {"whitespace_pattern": _WHITESPACE} | (manners or {}) | ({} if strict else _LENIENT)
+    options: Any = {"whitespace_pattern": _WHITESPACE} | (manners or {}) | ({} if strict else _LENIENT)
     exact = orjson.dumps(with_exact_formats(schema)).decode()
     return _within_limit(LLMatcher.grammar_from_json_schema(exact, None, options), param)
 
