@@ -66,8 +66,8 @@ async def test_bad_values_name_their_field(http: httpx.AsyncClient, pool: FakePo
         ({"max_tokens": -5}, "max_tokens"),
         ({"max_tokens": 1_000_000}, "max_tokens"),
         ({"temperature": "warm"}, "temperature"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"tools": [{"type": "function", "function": {"name": ""}}]}, "tools[0].function.name"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"logit_bias": {"100000": 1}}, "logit_bias"),
         ({"stop_token_ids": [100000]}, "stop_token_ids"),
     ]
@@ -98,10 +98,16 @@ async def test_an_empty_prompt(http: httpx.AsyncClient) -> None:
     assert error_in(await http.post(COMPLETION, json={"model": "demo", "prompt": ""}), 400)["param"] == "prompt"
 
 
-async def test_a_template_that_refuses(http: httpx.AsyncClient) -> None:
-    messages = [{"role": "tool", "content": "5", "tool_call_id": "x"}]
-    error = error_in(await http.post(CHAT, json={"model": "demo", "messages": messages}), 400)
-    assert "no tools here" in error["message"]
+async def test_a_template_that_refuses(bus: NatsBus, nats_server: EmbeddedServer, tmp_path: Path) -> None:
+    template = "{{ raise_exception('no system here') }}"
+    async with fake_pool(bus, tmp_path, chat_template=template), ready_gateway(nats_server) as client:
+        error = error_in(await client.post(CHAT, json={"model": "demo", "messages": HELLO}), 400)
+        assert error == {
+            "message": "The model's chat template refuses these messages: no system here",
+            "type": "invalid_request_error",
+            "param": "messages",
+            "code": "chat_template",
+        }
 
 
 async def test_a_large_body_is_refused_by_its_announcement_and_while_reading(http: httpx.AsyncClient) -> None:

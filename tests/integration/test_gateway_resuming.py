@@ -318,7 +318,7 @@ async def test_every_stream_can_be_made_resumable(pool: FakePool, nats_server: E
         async with client.stream("POST", CHAT, json={**BODY, "stop": ["x", "y"]}):
             submit = await submitted(pool)
         state = decode_resume_state(submit.resume_state or "")
-        assert (state.stop, state.has_usage, state.model) == (("x", "y"), True, "demo")
+        assert (state.style.stop, state.has_usage, state.model) == (("x", "y"), True, "demo")
         asking = asyncio.create_task(client.post(CHAT, json={**BODY, "stream": False, "stream_options": None}))
         submit = await submitted(pool)
         assert submit.resume_state is None
