@@ -37,7 +37,8 @@ class GenerationFields(Fields):
     min_p: Annotated[Finite, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[Finite, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Finite, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[Finite, Field(gt=0, le=2)] | None = None
+    repetition_penalty: Annotated[Finite, Field(ge=0.01, le=2)] | None = None
+    """Much smaller ones make logits infinite."""
     logit_bias: LogitBias = Field(default_factory=dict)
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
