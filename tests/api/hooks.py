@@ -32,6 +32,12 @@ def shortened(path: str, body: dict[str, Any]) -> dict[str, Any]:
         return changed
     if path != "/v1/messages":  # where it is required
         changed.setdefault(bound, SHORT_TOKENS)
+    if changed.get(bound) == 0 and not changed.get("echo"):
+        changed[bound] = SHORT_TOKENS
+    if isinstance(changed.get("previous_response_id"), str) and len(changed["previous_response_id"]) % 4:
+        del changed["previous_response_id"]
+    if isinstance(changed.get("messages"), list):
+        changed["messages"] = [_with_content(message) for message in changed["messages"]]
     for field in {bound, "max_tokens"} & changed.keys():
         given = changed[field]
         if isinstance(given, int) and not isinstance(given, bool) and given > SHORT_TOKENS:
@@ -39,6 +45,14 @@ def shortened(path: str, body: dict[str, Any]) -> dict[str, Any]:
     if isinstance(changed.get("n"), int) and changed["n"] > 2:
         changed["n"] = 2 if changed["n"] <= 16 else changed["n"]
     return changed
+
+
+def _with_content(message: Any) -> Any:
+    """That only an assistant may say nothing, and only an assistant calls tools, is more than a schema says."""
+    if not isinstance(message, dict) or message.get("role") in (None, "assistant"):
+        return message
+    said = {name: value for name, value in message.items() if name != "tool_calls"}
+    return said if said.get("content") is not None else {**said, "content": "Hello"}
 
 
 @schemathesis.hook  # type: ignore[untyped-decorator]

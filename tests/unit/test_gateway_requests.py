@@ -109,7 +109,7 @@ def test_every_shape_of_prompt(prompt: Any, prompts: list[Any]) -> None:
         ({"top_k": -2}, "top_k", "greater than or equal to -1"),
         ({"min_p": 2}, "min_p", "less than or equal to 1"),
         ({"presence_penalty": 2.5}, "presence_penalty", "less than or equal to 2"),
-        ({"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "greater than or equal to 0.01"),
         ({"logit_bias": {"x": 1}}, "logit_bias", "'x'"),
         ({"logit_bias": {"5": 101}}, "logit_bias", "from -100 to 100"),
         ({"logit_bias": {str(n): 1 for n in range(2000)}}, "logit_bias", "at most 1024"),

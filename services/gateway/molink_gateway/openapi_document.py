@@ -91,7 +91,13 @@ def _paths() -> dict[str, Any]:
         },
         "/v1/responses": {
             "post": _operation(
-                "createResponse", "Answer items.", "Response", _WITH_BODY, body="ResponsesRequest", streams=True
+                "createResponse",
+                "Answer items.",
+                "Response",
+                _WITH_BODY,
+                body="ResponsesRequest",
+                streams=True,
+                leads_to=("getResponse", "listInputItems", "cancelResponse", "deleteResponse"),
             )
         },
         "/v1/responses/{response_id}": {
@@ -171,6 +177,7 @@ def _operation(
     streams: bool = False,
     tells_object: bool = False,
     error: str = "Error",
+    leads_to: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     content: dict[str, Any] = {}
     if answer is not None or tells_object:
@@ -181,6 +188,9 @@ def _operation(
     if content:
         described = "The answer. " + _STREAM if streams else "The answer."
         responses["200"] = {"description": described, "headers": _REQUEST_ID, "content": content}
+    if leads_to:
+        by_id = {"response_id": "$response.body#/id"}
+        responses["200"]["links"] = {other: {"operationId": other, "parameters": by_id} for other in leads_to}
     responses |= {
         str(status): _error(status, "Readiness" if name == "ready" and status == 503 else error)
         for status in sorted(errors)
