@@ -32,7 +32,7 @@ def shortened(path: str, body: dict[str, Any]) -> dict[str, Any]:
         return changed
     if path != "/v1/messages":  # where it is required
         changed.setdefault(bound, SHORT_TOKENS)
-    if path == "/v1/completions" and changed[bound] == 0 and not changed.get("echo"):
+    if path == "/v1/completions" and type(changed[bound]) is int and not changed[bound] and not changed.get("echo"):
         changed[bound] = SHORT_TOKENS
     before = changed.get("previous_response_id")
     if isinstance(before, str) and len(before) <= 128 and len(before) % 4:
