@@ -292,8 +292,8 @@ async def test_a_frozen_scheduler_that_was_replaced_wakes_and_does_nothing(stand
         await stand.worker.speak(later, 10)
         await stand.until_tokens(later, 11)
     of_old = [commands for owner, commands in scripts if owner == old.split()[1]]
-    assert of_old, "it asked whether it is still the active one"
-    assert {command for commands in of_old for command in commands} == {"GET"}, "and wrote nothing"
+    # it may ask whether it is still the active one, or hear from the other one that it is not
+    assert {command for commands in of_old for command in commands} <= {"GET"}, "it wrote nothing"
     assert len(stand.worker.starts) == starts, "and told the head nothing"
     assert len(stand.worker.stops) == stops
     assert len(stand.worker.assignments) == assignments
