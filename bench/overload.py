@@ -73,8 +73,7 @@ async def _capacity_per_s(
     results = await keep_busy(system.port, workload, streams=_PLACES, seconds=seconds, dice=dice)
     end_s = began_s + arguments.seconds
     tokens = sum(began_s <= at_s < end_s for one in answered(results) for at_s in one.token_times_s)
-    counted_s: float = arguments.seconds
-    return tokens / workload.new_tokens / counted_s
+    return float(tokens / workload.new_tokens / arguments.seconds)
 
 
 def _judged(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from molink_common.identity import sequence_id
 from molink_common.messages import FinishReason, StartSequence, StepTokens, TokenEvent
 from molink_common.sampling import SamplingOptions
@@ -30,9 +28,17 @@ def sequence(number: int, tenant: str = "", *, prompt: int = 4, priority: int = 
     return Sequence.starting(start(number, tenant, prompt=prompt, priority=priority), number)
 
 
-def batcher(*, micro_batches: int = 1, chunk_tokens: int = 10**6, **limits: int) -> Batcher:
+def batcher(
+    *,
+    micro_batches: int = 1,
+    chunk_tokens: int = 10**6,
+    num_blocks: int = 100,
+    step_tokens: int = 64,
+    max_running: int = 64,
+) -> Batcher:
     plan = BatchPlan(micro_batches=micro_batches, chunk_tokens=chunk_tokens, chunks_under_way=2, separate_prefill=False)
-    return Batcher(replace(BatchLimits(num_blocks=100, block_size=4, step_tokens=64), **limits), plan)
+    limits = BatchLimits(num_blocks=num_blocks, block_size=4, step_tokens=step_tokens, max_running=max_running)
+    return Batcher(limits, plan)
 
 
 def result(plan: StepPlan, indices: dict[int, int], finish: FinishReason | None = None) -> StepTokens:
@@ -212,7 +218,7 @@ def test_who_gave_way_goes_on_with_its_tokens() -> None:
 
 
 def test_when_blocks_run_out_the_tenant_served_most_gives_way() -> None:
-    head, indices = batcher(num_blocks=6, max_running=4, block_size=4), dict[int, int]()
+    head, indices = batcher(num_blocks=6, max_running=4), dict[int, int]()
     head.add(start(1, "flood", prompt=7))
     head.add(start(2, "flood", prompt=7))
     step(head, indices)
@@ -224,7 +230,7 @@ def test_when_blocks_run_out_the_tenant_served_most_gives_way() -> None:
 
 
 def test_a_newcomer_within_its_share_of_blocks_gets_them_from_who_has_more() -> None:
-    head, indices = batcher(num_blocks=8, max_running=8, block_size=4), dict[int, int]()
+    head, indices = batcher(num_blocks=8, max_running=8), dict[int, int]()
     for number in (1, 2, 3):
         head.add(start(number, "flood", prompt=7))
     step(head, indices)
