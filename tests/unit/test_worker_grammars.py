@@ -19,7 +19,7 @@ from molink_common.messages import FinishReason
 from molink_common.sampling import SamplingOptions
 from molink_common.wire import Opening
 from molink_stage_worker.grammars import GrammarFailed, Grammars, Mask
-from molink_stage_worker.sampling import Sampler
+from molink_stage_worker.sampling import Sampler, draw
 from tests.integration.test_gateway_pool import make_tokenizer
 
 EOS = 2
@@ -55,7 +55,7 @@ def grammars(folder: Path) -> Grammars:
 
 @pytest.fixture
 def sampler(grammars: Grammars) -> Sampler:
-    return Sampler(eos_token_ids=(EOS,), vocabulary_size=WIDTH, follow=grammars.follow)
+    return Sampler(eos_token_ids=(EOS,), vocabulary_size=WIDTH, grammars=grammars)
 
 
 def logits_at(place: int) -> torch.Tensor:
@@ -186,7 +186,7 @@ def test_without_a_tokenizer_only_sequences_with_grammars_fail(tmp_path: Path) -
     empty = Grammars(lambda: tmp_path, fingerprint="none", eos_token_ids=(EOS,))
     for sampler in (
         Sampler(eos_token_ids=(EOS,), vocabulary_size=WIDTH),
-        Sampler(eos_token_ids=(EOS,), vocabulary_size=WIDTH, follow=empty.follow),
+        Sampler(eos_token_ids=(EOS,), vocabulary_size=WIDTH, grammars=empty),
     ):
         names = [open_one(sampler, 1), open_one(sampler, 2, grammar=None)]
         events, failed = sampler.sample(logits_at(0).repeat(2, 1), names)
@@ -224,8 +224,20 @@ def test_a_mask_is_as_wide_as_the_logits(grammars: Grammars, text_of: Tokenizer)
     assert isinstance(mask, Mask)
 
 
+def test_a_draw_among_few_is_the_draw_among_all(grammars: Grammars) -> None:
+    mask = grammars.follow(AB, ()).mask()
+    few = mask.few_of(WIDTH, torch.device("cpu"))
+    assert few is not None
+    assert few.tolist() == (~mask.forbidden(WIDTH, torch.device("cpu"))).nonzero()[:, 0].tolist()
+    for key in range(50):
+        logits = logits_at(key)
+        among_all = logits.masked_fill(mask.forbidden(WIDTH, logits.device), -torch.inf)
+        options = [SamplingOptions(max_tokens=1, temperature=1.5, top_p=0.9, top_k=key % 3)]
+        assert draw(logits[:, few], options, [key << 20], of=few) == draw(among_all, options, [key << 20])
+
+
 def test_a_wrong_token_is_heard_of_with_the_next_mask(grammars: Grammars) -> None:
     follower = grammars.follow(AB, ())
-    follower.took(EOS)
+    grammars.go_on([(follower, EOS)])
     with pytest.raises(GrammarFailed):
         follower.mask()

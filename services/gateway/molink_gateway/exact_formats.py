@@ -1,7 +1,7 @@
 """Formats of a JSON schema that the grammar's compiler takes more widely than those who check the answer. Pure.
 
-Its dates have a 29 February every year and a year 0, its times a second 60 in every minute. Dates in Python,
-JavaScript and the usual validators have neither, so a pattern beside the format leaves them out.
+Its dates have a 29 February every year and a year 0, its times a second 60 in every minute and fractions without an
+end. Dates in Python, JavaScript and the usual validators have none of it, so a pattern beside the format leaves it out.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ _FOURTH = "(0[48]|[2468][048]|[13579][26])"
 _LEAP_YEAR = f"([0-9]{{2}}{_FOURTH}|{_FOURTH}00)"
 _DAY = "((0[13-9]|1[0-2])-[0-9]{2}|02-([01][0-9]|2[0-8]))"
 _DATE = f"({_YEAR}-{_DAY}|{_LEAP_YEAR}-02-29)"
-_MINUTE = "[0-9]{2}:[0-9]{2}:[0-5]"
-_PATTERNS = {"date": f"^{_DATE}$", "time": f"^{_MINUTE}", "date-time": f"^{_DATE}[Tt]{_MINUTE}"}
+_TIME = r"[0-9]{2}:[0-9]{2}:[0-5][0-9](\.[0-9]{1,9})?([Zz]|[+-][0-9]{2}:[0-9]{2})"
+_PATTERNS = {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}[Tt]{_TIME}$"}
 _VALUES = ("const", "enum", "default", "examples")
 """What stands there is no schema."""
 

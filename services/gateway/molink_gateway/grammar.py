@@ -36,8 +36,8 @@ _MAX_RULES = 2048
 _MAX_DEPTH = 2048
 """Levels of a schema with everything that it refers to laid end to end. The compiler takes some 16 KiB for each."""
 _MAX_NESTING = 100
-_WHITESPACE = r"[ \t\n\r]{1,40}"
-"""Between a JSON text's parts. Without an end, a small model may fill its whole answer with it."""
+_WHITESPACE = r"[ \t]{1,4}|\r?\n[ \t]{0,40}"
+"""Between a JSON text's parts: a gap, or one new line. Without an end, a small model may fill its answer with it."""
 _LENIENT = {"lenient": True, "coerce_one_of": True}
 _FORMATS = ("json", "regex", "choice", "grammar", "json_object")
 _MANNERS = ("whitespace_pattern", "disable_any_whitespace")

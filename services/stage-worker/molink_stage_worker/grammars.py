@@ -32,6 +32,8 @@ _THREADS = 2
 _LONGEST_WAIT_S = 8.0
 """For what comes next: the first time, for the tokenizer too. A pass that takes ten seconds passes for a fault."""
 _COMPILED_KEPT = 8
+_FEW = 4
+"""Of the vocabulary, the share that makes a draw among few."""
 _LIMITS = LLParserLimits(max_lexer_states=25_000, verbose_errors=False)
 """Wider than the gateway's: what compiled there compiles here. A state of the lexer takes up to 2 KB."""
 
@@ -42,47 +44,69 @@ class GrammarFailed(MolinkError):
 
 @dataclass(frozen=True, slots=True)
 class Mask:
-    """Which tokens may come next: bit t of the packed bytes, the least significant bit first."""
+    """Which tokens may come next."""
 
-    packed: np.ndarray[tuple[int], np.dtype[np.uint8]]
+    allowed: np.ndarray[tuple[int], np.dtype[np.bool_]]
+    """Of each token that the tokenizer knows."""
+    few: np.ndarray[tuple[int], np.dtype[np.int64]] | None
+    """The tokens that may come, in rising order, where they are few."""
+
+    @classmethod
+    def of(cls, packed: bytes) -> Mask:
+        """Bit t stands for token t, the least significant bit of a byte first."""
+        allowed = np.unpackbits(np.frombuffer(packed, dtype=np.uint8), bitorder="little").view(np.bool_)
+        is_few = np.count_nonzero(allowed) * _FEW < allowed.size
+        return cls(allowed, np.flatnonzero(allowed) if is_few else None)
 
     def forbidden(self, vocabulary_size: int, device: torch.device) -> torch.Tensor:
         """Of each token of the logits, whether it may not come. Logits may be wider than the tokenizer knows."""
-        allowed_V = np.zeros(vocabulary_size, dtype=np.uint8)
-        bits = np.unpackbits(self.packed, count=min(self.packed.size * 8, vocabulary_size), bitorder="little")
-        allowed_V[: bits.size] = bits
-        return torch.from_numpy(allowed_V == 0).to(device)
+        forbidden_V = np.ones(vocabulary_size, dtype=np.bool_)
+        np.logical_not(self.allowed[:vocabulary_size], out=forbidden_V[: self.allowed.size])
+        return torch.from_numpy(forbidden_V).to(device)
+
+    def few_of(self, vocabulary_size: int, device: torch.device) -> torch.Tensor | None:
+        """The tokens of the logits that may come, where they are few: a draw among them takes less."""
+        if self.few is None:
+            return None
+        return torch.from_numpy(self.few[: np.searchsorted(self.few, vocabulary_size)]).to(device)
 
 
 class Follower(Protocol):
     """One sequence's way through its grammar."""
 
     def mask(self) -> Mask:
-        """Which tokens may come next; waits for it. Of end-of-text tokens, all or none.
+        """Which tokens may come next; waits for it.
 
         Raises:
             GrammarFailed: the grammar cannot be followed any further.
         """
 
-    def took(self, token: int) -> None:
-        """The sequence goes on with `token`. Returns at once."""
+
+Took = tuple[Follower, int]
+"""A sequence goes on with a token that its mask allows."""
 
 
-Follow = Callable[[str, Sequence[int]], Follower]
-"""Begins to follow a grammar, from behind the tokens that were generated already. Returns at once."""
+class Following(Protocol):
+    """What follows grammars for a sampler. Its calls return at once."""
+
+    def follow(self, grammar: str, generated: Sequence[int]) -> Follower:
+        """Begin behind the tokens that were generated already."""
+
+    def go_on(self, tooks: Sequence[Took]) -> None:
+        """Work out what may come next, for all sequences of a step."""
 
 
-def follow_nothing(_grammar: str, _generated: Sequence[int]) -> Follower:
-    """A `Follow` for where there is no tokenizer: whoever asks for a grammar fails."""
-    return _Unfollowed()
+class NoGrammars:
+    """For where there is no tokenizer: whoever asks for a grammar fails."""
 
+    def follow(self, _grammar: str, _generated: Sequence[int]) -> Follower:
+        """See `Following.follow`."""
+        way = _Way()
+        way.next.set_exception(GrammarFailed("this stage follows no grammars"))
+        return way
 
-class _Unfollowed:
-    def mask(self) -> Mask:
-        raise GrammarFailed("this stage follows no grammars")
-
-    def took(self, token: int) -> None:
-        pass
+    def go_on(self, tooks: Sequence[Took]) -> None:
+        """Nothing goes on."""
 
 
 class Grammars:
@@ -102,14 +126,16 @@ class Grammars:
         """As they begin; copies share what their lexer has found out."""
 
     def follow(self, grammar: str, generated: Sequence[int]) -> Follower:
-        """See `Follow`."""
-        return _Following(self._threads, partial(self._begin, grammar, list(generated)))
+        """See `Following.follow`."""
+        way = _Way()
+        self._threads.submit(_settle, way.next, lambda: _after(self._fresh(grammar), list(generated)))
+        return way
 
-    def _begin(self, grammar: str, generated: list[int]) -> LLMatcher:
-        matcher = self._fresh(grammar)
-        if generated:
-            matcher.consume_tokens(generated)
-        return matcher
+    def go_on(self, tooks: Sequence[Took]) -> None:
+        """See `Following.go_on`. One job for all: waking a thread takes longer than most masks."""
+        jobs = [way.taken(token) for way, token in tooks if isinstance(way, _Way)]
+        if jobs:
+            self._threads.submit(_go_on, jobs)
 
     def _fresh(self, grammar: str) -> LLMatcher:
         with self._lock:  # the others wait for the same tokenizer, and mostly for the same grammar
@@ -125,44 +151,57 @@ class Grammars:
             return made.deep_copy()
 
 
-class _Following:
+_Place = tuple[LLMatcher, Mask]
+_Job = tuple["Future[_Place]", LLMatcher, int]
+
+
+class _Way:
     """A `Follower` whose matcher is touched by one job at a time: each begins where the one before has ended."""
 
-    def __init__(self, threads: ThreadPoolExecutor, begin: Callable[[], LLMatcher]) -> None:
-        self._threads = threads
-        self._next: Future[tuple[LLMatcher, Mask]] = threads.submit(lambda: _masked(begin()))
+    def __init__(self) -> None:
+        self.next: Future[_Place] = Future()
 
     def mask(self) -> Mask:
         """See `Follower.mask`."""
-        return self._outcome()[1]
+        return self._place()[1]
 
-    def took(self, token: int) -> None:
-        """See `Follower.took`."""
-        matcher = self._outcome()[0]
-        self._next = self._threads.submit(_after, matcher, token)
+    def taken(self, token: int) -> _Job:
+        """What is to be done next."""
+        matcher = self._place()[0]
+        self.next = Future()
+        return self.next, matcher, token
 
-    def _outcome(self) -> tuple[LLMatcher, Mask]:
+    def _place(self) -> _Place:
         try:
-            error = self._next.exception(_LONGEST_WAIT_S)
+            error = self.next.exception(_LONGEST_WAIT_S)
         except TimeoutError as late:
             raise GrammarFailed(f"what may come next was not known after {_LONGEST_WAIT_S} s") from late
         if error is None:
-            return self._next.result()
+            return self.next.result()
         if isinstance(error, GrammarFailed):
             raise error
         raise GrammarFailed(f"{type(error).__name__}: {error}") from error  # the library's own mistakes, too
 
 
-def _after(matcher: LLMatcher, token: int) -> tuple[LLMatcher, Mask]:
-    matcher.consume_token(token)
-    return _masked(matcher)
+def _go_on(jobs: Sequence[_Job]) -> None:
+    for next_place, matcher, token in jobs:
+        _settle(next_place, partial(_after, matcher, [token]))
 
 
-def _masked(matcher: LLMatcher) -> tuple[LLMatcher, Mask]:
+def _settle(place: Future[_Place], work: Callable[[], _Place]) -> None:
+    try:
+        place.set_result(work())
+    except BaseException as error:  # for the sampler, which waits for it
+        place.set_exception(error)
+
+
+def _after(matcher: LLMatcher, tokens: list[int]) -> _Place:
+    if tokens:
+        matcher.consume_tokens(tokens)
     packed = matcher.compute_bitmask() if not matcher.is_error() else b""
     if matcher.is_error():
         raise GrammarFailed(matcher.get_error().strip().splitlines()[0][:300])
-    return matcher, Mask(np.frombuffer(packed, dtype=np.uint8))
+    return matcher, Mask.of(packed)
 
 
 @lru_cache(maxsize=2)

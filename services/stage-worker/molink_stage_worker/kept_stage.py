@@ -79,7 +79,7 @@ def make_stage(
 
 def _make_sampler(card: ModelCard, folder: Callable[[], Path]) -> Sampler:
     grammars = Grammars(folder, fingerprint=card.fingerprint, eos_token_ids=card.eos_token_ids)
-    return Sampler(eos_token_ids=card.eos_token_ids, vocabulary_size=card.vocabulary_size, follow=grammars.follow)
+    return Sampler(eos_token_ids=card.eos_token_ids, vocabulary_size=card.vocabulary_size, grammars=grammars)
 
 
 def why_not_continued(held: AssignStage | None, order: AssignStage) -> str | None:

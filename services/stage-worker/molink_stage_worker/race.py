@@ -14,10 +14,10 @@ _LONGEST = 100.0
 """The noise of a token is finite, so that the likeliest one always arrives."""
 
 
-def exponentials(key: int, num_tokens: int, device: torch.device) -> torch.Tensor:
-    """Exponentially distributed numbers of mean 1, V float32."""
+def exponentials(key: int, num_tokens: int, device: torch.device, *, of: torch.Tensor | None = None) -> torch.Tensor:
+    """Exponentially distributed numbers of mean 1, V float32: of the first tokens, or of those in `of` alone."""
     low, high = _signed(key & 0xFFFFFFFF), _signed(key >> 32)
-    bits_V = torch.arange(num_tokens, dtype=torch.int32, device=device)
+    bits_V = torch.arange(num_tokens, dtype=torch.int32, device=device) if of is None else of.to(torch.int32, copy=True)
     _mix(bits_V.bitwise_xor_(low))
     _mix(bits_V.bitwise_xor_(high))
     # small numbers decide the race: they keep all their digits in a float

@@ -26,7 +26,7 @@ from molink_common.logs import get_logger
 from molink_common.messages import FinishReason, TokenEvent, TokenLogprob
 from molink_common.sampling import SamplingOptions
 from molink_common.wire import Opening
-from molink_stage_worker.grammars import Follow, Follower, GrammarFailed, follow_nothing
+from molink_stage_worker.grammars import Follower, Following, GrammarFailed, NoGrammars
 from molink_stage_worker.noise import token_key
 from molink_stage_worker.race import exponentials
 
@@ -69,9 +69,11 @@ class _State:
 class Sampler:
     """Holds what it must know of every open sequence. Calls come from one thread."""
 
-    def __init__(self, *, eos_token_ids: Sequence[int], vocabulary_size: int, follow: Follow | None = None) -> None:
-        """Without `follow`, sequences that ask for a grammar fail."""
-        self._follow = follow or follow_nothing
+    def __init__(
+        self, *, eos_token_ids: Sequence[int], vocabulary_size: int, grammars: Following | None = None
+    ) -> None:
+        """Without `grammars`, sequences that ask for one fail."""
+        self._grammars = grammars or NoGrammars()
         self._eos_token_ids = frozenset(eos_token_ids)
         self._vocabulary_size = vocabulary_size
         self._states: dict[str, _State] = {}
@@ -81,7 +83,7 @@ class Sampler:
         options = opening.options
         penalizes = bool(options.presence_penalty or options.frequency_penalty or options.repetition_penalty != 1.0)
         # the end of a grammar is the end of the answer, whoever ignores what
-        follower = None if options.grammar is None else self._follow(options.grammar, opening.generated)
+        follower = None if options.grammar is None else self._grammars.follow(options.grammar, opening.generated)
         ends = follower is not None or not options.ignore_eos
         stops = frozenset(options.stop_token_ids) | (self._eos_token_ids if ends else frozenset())
         self._states[opening.sequence] = _State(
@@ -143,32 +145,39 @@ class Sampler:
                     sound.remove(row)
                 else:
                     choices[row] = token
-        for row in sound:
-            _tell_grammar(states[row], choices[row])
+        # as early as can be: what may come next is worked out while the tokens go round the pipeline
+        self._grammars.go_on(
+            [
+                (follower, choices[row])
+                for row in sound
+                if (follower := states[row].follower) is not None and choices[row] not in states[row].stops
+            ]
+        )
         logprobs = self._logprobs(logits_RV, states, [row for row in sound if _wants_logprobs(states[row])], choices)
         return [_advance(states[row], choices[row], logprobs.get(row)) for row in sound], failed
 
     def _choose(self, logits_RV: torch.Tensor, states: list[_State], rows: list[int]) -> list[tuple[int, int | None]]:
         """Tokens of the rows that need more than the largest raw logit; None where nothing is left to choose."""
         logits_GV = logits_RV[rows].float()  # a copy: the raw logits are still wanted for log probabilities
+        few = None
         for place, row in enumerate(rows):
             if (follower := states[row].follower) is not None:
-                _keep_to_grammar(logits_GV[place], follower, states[row].id)
+                few = _keep_to_grammar(logits_GV[place], follower, states[row].id)
             if states[row].bends_logits or states[row].holds_stops_back:
                 _bend(logits_GV[place], states[row])
-        choices = logits_GV.argmax(dim=-1).tolist()
-        tokens: list[int | None] = [
-            choice if math.isfinite(value) else None
-            for value, choice in zip(logits_GV.amax(dim=-1).tolist(), choices, strict=True)
-        ]
-        drawn = [
-            place for place, row in enumerate(rows) if not states[row].options.is_greedy and tokens[place] is not None
-        ]
+        tokens: list[int | None] = [None] * len(rows)
+        finite = [place for place, value in enumerate(logits_GV.amax(dim=-1).tolist()) if math.isfinite(value)]
+        greedy = [place for place in finite if states[rows[place]].options.is_greedy]
+        if greedy:
+            for place, token in zip(greedy, logits_GV[greedy].argmax(dim=-1).tolist(), strict=True):
+                tokens[place] = token
+        drawn = [place for place in finite if not states[rows[place]].options.is_greedy]
         if drawn:
             options = [states[rows[place]].options for place in drawn]
             keys = [token_key(states[rows[place]].options.seed, len(states[rows[place]].generated)) for place in drawn]
-            picked = logits_GV if len(drawn) == len(rows) else logits_GV[drawn]
-            for place, token in zip(drawn, draw(picked, options, keys), strict=True):
+            of = few if len(rows) == 1 else None
+            picked = logits_GV[:, of] if of is not None else logits_GV if len(drawn) == len(rows) else logits_GV[drawn]
+            for place, token in zip(drawn, draw(picked, options, keys, of=of), strict=True):
                 tokens[place] = token
         return list(zip(rows, tokens, strict=True))
 
@@ -195,8 +204,17 @@ class Sampler:
         }
 
 
-def draw(logits_GV: torch.Tensor, options: Sequence[SamplingOptions], keys: Sequence[int]) -> list[int]:
-    """A token for each row by its temperature, filters and 64-bit key. Each row has a finite maximum."""
+def draw(
+    logits_GV: torch.Tensor,
+    options: Sequence[SamplingOptions],
+    keys: Sequence[int],
+    *,
+    of: torch.Tensor | None = None,
+) -> list[int]:
+    """A token for each row by its temperature, filters and 64-bit key. Each row has a finite maximum.
+
+    `of` names the tokens that the columns stand for, where these are not all; what it leaves out could not win.
+    """
     device = logits_GV.device
     temperature_G1 = torch.tensor([[max(one.temperature, 1e-4)] for one in options], device=device)
     best_G1 = logits_GV.amax(dim=-1, keepdim=True)
@@ -208,8 +226,9 @@ def draw(logits_GV: torch.Tensor, options: Sequence[SamplingOptions], keys: Sequ
         least_G1[filtered] = _least_kept(scaled_GV[filtered], [options[place] for place in filtered])
         weights_GV.masked_fill_(scaled_GV < least_G1, 0.0)
     # a weight of 0 never wins: its time is infinite, and that of the likeliest token is not
-    times_GV = torch.stack([exponentials(key, logits_GV.shape[1], device) for key in keys]).div_(weights_GV)
-    tokens: list[int] = times_GV.argmin(dim=-1).tolist()
+    noise_GV = torch.stack([exponentials(key, logits_GV.shape[1], device, of=of) for key in keys])
+    first_G = noise_GV.div_(weights_GV).argmin(dim=-1)
+    tokens: list[int] = (first_G if of is None else of[first_G]).tolist()
     return tokens
 
 
@@ -265,21 +284,19 @@ def _bend(logits_V: torch.Tensor, state: _State) -> None:
             logits_V[stops] = values  # the grammar leaves nothing but the end
 
 
-def _keep_to_grammar(logits_V: torch.Tensor, follower: Follower, sequence: str) -> None:
-    """Take what the grammar does not allow out of a row, in place; everything if the grammar has failed."""
+def _keep_to_grammar(logits_V: torch.Tensor, follower: Follower, sequence: str) -> torch.Tensor | None:
+    """Take what the grammar does not allow out of a row, in place; everything if the grammar has failed.
+
+    Returns the tokens that it allows where they are few.
+    """
     try:
-        forbidden_V = follower.mask().forbidden(logits_V.shape[0], logits_V.device)
+        mask = follower.mask()
     except GrammarFailed as error:
         log.warning("a sequence is given up: its grammar failed", sequence=sequence, problem=str(error))
         logits_V.fill_(-math.inf)
-    else:
-        logits_V.masked_fill_(forbidden_V, -math.inf)
-
-
-def _tell_grammar(state: _State, token: int) -> None:
-    """As early as can be: what may come next is worked out while the token goes round the pipeline."""
-    if state.follower is not None and token not in state.stops:
-        state.follower.took(token)
+        return None
+    logits_V.masked_fill_(mask.forbidden(logits_V.shape[0], logits_V.device), -math.inf)
+    return mask.few_of(logits_V.shape[0], logits_V.device)
 
 
 def _needs_work(state: _State) -> bool:
