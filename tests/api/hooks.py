@@ -30,8 +30,8 @@ def shortened(path: str, body: dict[str, Any]) -> dict[str, Any]:
     bound = next((field for end, field in _BOUNDS.items() if path.endswith(end)), None)
     if bound is None:
         return changed
-    if path != "/v1/messages":  # where it is required
-        changed.setdefault(bound, SHORT_TOKENS)
+    if path != "/v1/messages" and changed.get(bound) is None:  # there it is required
+        changed[bound] = SHORT_TOKENS
     if path == "/v1/completions" and type(changed[bound]) is int and not changed[bound] and not changed.get("echo"):
         changed[bound] = SHORT_TOKENS
     before = changed.get("previous_response_id")
