@@ -21,6 +21,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 from molink_common.deep_stack import call_on_deep_stack
 from molink_common.sampling import MAX_GRAMMAR_CHARACTERS
 from molink_gateway.api_errors import ApiError, bad_request
+from molink_gateway.closed_objects import with_closed_objects
 from molink_gateway.exact_formats import with_exact_formats
 
 GUIDED_FIELDS = {
@@ -88,7 +89,7 @@ def unchecked_json_schema_grammar(
         raise bad_request(f"`{param}` must hold a JSON schema, which is an object.", param=param)
     _check_schema_depth(schema, param)
     options: Any = {"whitespace_pattern": _WHITESPACE} | (manners or {}) | ({} if strict else _LENIENT)
-    exact = orjson.dumps(with_exact_formats(schema)).decode()
+    exact = orjson.dumps(with_exact_formats(with_closed_objects(schema))).decode()
     return _within_limit(LLMatcher.grammar_from_json_schema(exact, None, options), param)
 
 

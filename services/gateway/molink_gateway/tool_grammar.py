@@ -118,8 +118,6 @@ def _arguments(function: Function) -> dict[str, Any]:
     schema = {**function.parameters}
     if "$ref" not in schema:
         schema.setdefault("type", "object")
-    if "properties" in schema:  # what a function does not know it can seldom take
-        schema.setdefault("additionalProperties", False)
     return schema
 
 
