@@ -70,6 +70,15 @@ def test_byte_fallback_text_survives_token_by_token(sentencepiece_like: Tokenize
     assert b"".join(sentencepiece_like.text_of(token).data for token in tokens) == (" " + text).encode()
 
 
+def test_a_character_that_no_tokens_make_up_is_found(tmp_path: Path, sentencepiece_like: Tokenizer) -> None:
+    assert sentencepiece_like.unwritable("日本語 \x00") is None
+    backend = Backend(models.BPE({"▁": 0, "a": 1, "é": 2}, []))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    few = load_tokenizer(tmp_path)
+    assert few.unwritable("a é") is None
+    assert few.unwritable("aéb") == "b"
+
+
 def test_fewest_tokens_is_a_lower_bound(byte_level: Tokenizer) -> None:
     for text in ("", WORDS, " " * 100, "日本語" * 20):
         assert byte_level.fewest_tokens(text) <= len(byte_level.encode(text, add_special_tokens=False))

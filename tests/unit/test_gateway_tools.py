@@ -41,6 +41,9 @@ class Model:
     def has_token(self, text: str) -> bool:
         return text in self._tokens
 
+    def unwritable(self, text: str) -> str | None:
+        return "ñ" if "ñ" in text else None
+
 
 def form(asked: ChatRequest, model: Model | None = None) -> AnswerForm:
     return form_of(asked, asked.tool_plan(), model or Model(None))
@@ -359,3 +362,11 @@ def test_words_fit_what_is_forced() -> None:
 def test_without_tools_the_conversation_stays() -> None:
     turns = parse_chat(body()).turns()
     assert with_tools_in_words(turns, None) == turns
+
+
+@pytest.mark.parametrize("fields", [{"structured_outputs": {"choice": ["sí", "mañana"]}}, {"guided_choice": ["ñ"]}])
+def test_a_choice_that_the_model_cannot_write_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ApiError, match=r"the character '\\xf1', for which this model has no tokens") as refused:
+        form_of(parse_chat(body(**fields)), None, Model(None))
+    (param,) = fields
+    assert refused.value.param == ("structured_outputs.choice" if param == "structured_outputs" else param)

@@ -27,6 +27,9 @@ class Writer(Protocol):
     def has_token(self, text: str) -> bool:
         """Whether its vocabulary has a token of this very text."""
 
+    def unwritable(self, text: str) -> str | None:
+        """The first character of a text that no tokens of its vocabulary make up."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerForm:
@@ -51,6 +54,7 @@ def form_of(request: GenerationFields, plan: ToolPlan | None, writer: Writer) ->
     if plan is not None and plan.is_required:
         return AnswerForm(grammar=required_calls(plan), calls=_expected(plan, CallFormat.BARE, writer))
     grammar = _grammar(request)
+    _check_choices(request, writer)
     if plan is None:
         return AnswerForm(grammar=grammar)
     form = writer.call_format or CallFormat.HERMES
@@ -71,6 +75,19 @@ def _expected(plan: ToolPlan, form: CallFormat, writer: Writer) -> ExpectedCalls
         is_parallel=plan.is_parallel,
         has_short_ids=writer.call_format is CallFormat.MISTRAL,
     )
+
+
+def _check_choices(request: GenerationFields, writer: Writer) -> None:
+    """A grammar that asks for what the model cannot write would fail in the middle of the answer."""
+    structured = request.structured_outputs
+    within = structured.get("choice") if isinstance(structured, dict) else None
+    for field, choices in (("structured_outputs.choice", within), ("guided_choice", request.guided_choice)):
+        for choice in choices or ():
+            character = writer.unwritable(choice)
+            if character is not None:
+                raise bad_request(
+                    f"`{field}` holds the character {character!a}, for which this model has no tokens.", param=field
+                )
 
 
 def _guided(request: GenerationFields) -> dict[str, Any]:

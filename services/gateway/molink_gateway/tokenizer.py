@@ -6,6 +6,7 @@ tokenizers of the `tokenizers` library are taken: they are the ones with a fast 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import math
@@ -67,6 +68,14 @@ class Tokenizer:
     def has_token(self, text: str) -> bool:
         """Whether the vocabulary has a token of this very text."""
         return self._backend.token_to_id(text) is not None
+
+    def unwritable(self, text: str) -> str | None:
+        """The first character of a text that no tokens of the vocabulary make up. Takes a moment once."""
+        return next((character for character in text if not self._writable_bytes.issuperset(character.encode())), None)
+
+    @functools.cached_property
+    def _writable_bytes(self) -> frozenset[int]:
+        return frozenset(byte for token in range(self._backend.get_vocab_size()) for byte in self._bytes_of(token))
 
     def render(
         self,
