@@ -11,6 +11,7 @@ from enum import StrEnum
 
 from molink_common.messages import Heartbeat, ModelCard, PreloadStages, StageReport
 from molink_scheduler.key_book import KeyBook
+from molink_scheduler.lags import Lag
 from molink_scheduler.overload import Overload
 from molink_scheduler.placement import LayerMap, Placement
 from molink_scheduler.records import PipelineRecord, SequenceRecord
@@ -257,6 +258,8 @@ class Books:
     gateways_heard_s: dict[str, float] = field(default_factory=dict)
     finished_s: deque[float] = field(default_factory=lambda: deque(maxlen=64))
     """When the last sequences ended, for the estimate of a time to retry."""
+    lags: dict[str, Lag] = field(default_factory=dict)
+    """How late heartbeats come, by worker, those heard last at the end; also of workers that are lost."""
     highest_epoch: int = 0
     idle_seen: tuple[object, ...] = ()
     """Idle workers, as they were last looked at, and since when it is these."""

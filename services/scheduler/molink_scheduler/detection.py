@@ -1,7 +1,7 @@
 """How a loss is noticed.
 
     a closed connection (the broker tells) or a late heartbeat ─▶ ProbeWorker ─▶ nobody listens ─▶ lost, at once
-    no heartbeat for `worker_silent_s`                                                          ─▶ lost
+    no heartbeat for `worker_silent_s`, longer where they come late over a busy link (see `lags`) ─▶ lost
     a pass that computes far longer than any before it                                          ─▶ its stage is lost
     a neighbour's frames are not acknowledged, and no step comes out                            ─▶ its stage is lost
 
@@ -16,6 +16,7 @@ from itertools import pairwise
 from molink_common.messages import StagePhase, StageReport
 from molink_scheduler.books import Books, Pipeline, Worker
 from molink_scheduler.instructions import BroadcastState, Instruction, NoteLoss, ProbeWorker
+from molink_scheduler.lags import Lag
 
 LATE_TICK_S = 1.0
 """Time that passes in a larger step than this was spent without listening."""
@@ -31,6 +32,8 @@ STUCK_S = 30.0
 """No step came out and the head's oldest is this old: frames were lost."""
 LOAD_STALLED_S = 600.0
 """A stage that gets on with loading no more."""
+MOST_LAGS = 4096
+"""Workers whose links are remembered."""
 UNREPORTED_S = 3.0
 """How long after a worker took its stage the heartbeats may not speak of it."""
 FAILED_BARRED_S = 30.0
@@ -52,11 +55,24 @@ def time_passed(books: Books, bus_up: bool, now_s: float) -> Iterator[Instructio
         return
     for worker in list(books.workers.values()):
         quiet_s = now_s - max(worker.heard_s, books.deaf_until_s)
-        if quiet_s >= books.settings.worker_silent_s:
+        lag = books.lags.get(worker.name)
+        patience_s = books.settings.worker_silent_s + (lag.extra_s(now_s) if lag is not None else 0.0)
+        if quiet_s >= patience_s:
             yield from _forget(books, worker, f"silent for {now_s - worker.heard_s:.1f} s", now_s)
         elif quiet_s >= OVERDUE_S and (worker.probed_s is None or now_s - worker.probed_s >= PROBE_AGAIN_S):
             worker.probed_s = now_s
             yield ProbeWorker(worker.name)
+
+
+def beat(books: Books, name: str, sent_s: float | None, now_s: float) -> None:
+    """Note how late a heartbeat came."""
+    if sent_s is None:
+        return
+    lag = books.lags.pop(name, None) or Lag()
+    books.lags[name] = lag
+    lag.heard(sent_s, now_s)
+    if len(books.lags) > MOST_LAGS:
+        del books.lags[next(iter(books.lags))]
 
 
 def disconnected(books: Books, name: str, now_s: float) -> Iterator[Instruction]:

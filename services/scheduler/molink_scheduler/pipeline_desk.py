@@ -33,6 +33,7 @@ def heartbeat(books: Books, beat: Heartbeat, now_s: float) -> Iterator[Instructi
     if worker is None:
         worker = books.workers[beat.worker] = Worker(heartbeat=beat, heard_s=now_s, progress_s=now_s)
     worker.heartbeat, worker.heard_s = beat, now_s
+    detection.beat(books, beat.worker, beat.sent_s, now_s)
     if before is None or _loading(before) != _loading(beat):
         worker.progress_s = now_s
     if beat.card is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -227,6 +228,7 @@ class Worker:
     def _heartbeat(self) -> Heartbeat:
         return Heartbeat(
             worker=self._worker,
+            sent_s=time.monotonic(),
             site=self._site,
             version=__version__,
             device=self._hardware.device,

@@ -169,6 +169,8 @@ class Heartbeat(Message):
 
     TYPE = "heartbeat"
     worker: PeerId
+    sent_s: float | None = None
+    """By the worker's own monotonic clock."""
     site: str = "default"
     version: str
     device: str
