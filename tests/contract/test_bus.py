@@ -34,6 +34,26 @@ async def test_a_request_to_nobody_fails_at_once(bus: NatsBus) -> None:
         await bus.ask(subjects.control("nobody"), ReleaseStage(pipeline=1), Done, timeout_s=5)
 
 
+async def test_a_flush_goes_behind_all_that_was_sent_before(bus: NatsBus, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[bytes] = []
+    transport = bus._client._transport
+    write, writelines = transport.write, transport.writelines
+
+    def note(data: bytes) -> None:
+        written.append(data)
+        write(data)
+
+    def note_all(pieces: list[bytes]) -> None:
+        written.extend(pieces)
+        writelines(pieces)
+
+    monkeypatch.setattr(transport, "write", note)
+    monkeypatch.setattr(transport, "writelines", note_all)
+    await bus.publish("first", b"hello")
+    await bus.flush()
+    assert [line.split()[0] for line in written] == [b"PUB", b"PING"]
+
+
 async def test_a_silent_listener_is_a_timeout(bus: NatsBus) -> None:
     async def listen(_: Incoming) -> None:
         return None

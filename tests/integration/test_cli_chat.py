@@ -44,7 +44,9 @@ class Endpoint(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self._event({"choices": [{"delta": {"content": f"{len(body['messages'])} "}, "finish_reason": None}]})
         if last == "forever":
-            self.endless.wait(timeout=20)
+            # The signs of life matter: a signal just ahead of a blocking read is seen when the read ends.
+            while not self.endless.wait(timeout=0.1):
+                self.wfile.write(b": still here\n\n")
             return
         self._event({"choices": [{"delta": {"content": "messages"}, "finish_reason": None}]})
         self.wfile.write(b"data: [DONE]\n\n")

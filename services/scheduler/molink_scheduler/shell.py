@@ -144,8 +144,8 @@ class Scheduler:
                 self._tasks.create_task(self._writer.run())
                 self._tasks.create_task(self._send_outbox())
                 self._post(Restored(snapshot, time.time()))
-                log.info("scheduler active", model=self._settings.model, sequences=len(snapshot.sequences))
                 async with self._listening():
+                    self._tasks.create_task(self._say_active(len(snapshot.sequences)))
                     while not stop.is_set():
                         if self._newest_term > self._tenure.term.number:
                             raise LeaseLost("another scheduler says so")
@@ -177,6 +177,11 @@ class Scheduler:
             ):
                 subscriptions.push_async_callback(subscription.close)
             yield
+
+    async def _say_active(self, num_sequences: int) -> None:
+        with contextlib.suppress(BusUnavailable):  # then it hears, and says so, late
+            await self._bus.flush()
+        log.info("scheduler active", model=self._settings.model, sequences=num_sequences)
 
     def _post(self, event: Event) -> None:
         """Let the machine decide about an event, and begin what it wants; later, if this may not be our term any more.
