@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -45,9 +44,6 @@ async def serve(
     load_engine: EngineLoader = load_engine,
 ) -> None:
     """Open what the worker needs, run it, close everything."""
-    # large pages: when the process is killed, the kernel frees its memory before it closes its connection, and others
-    # hear of its end in half the time; torch reads this with its first large tensor
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     torch.set_num_threads(settings.threads)
     memory_bytes = None if settings.memory == "auto" else size_bytes(settings.memory)
     hardware = inspect(device=settings.device, memory_bytes=memory_bytes)
