@@ -121,9 +121,10 @@ class _End(asyncio.Protocol):
         return not self._link.is_held and self.peer is not None
 
     def _hand_on(self, data: bytes) -> None:
-        if self.peer is not None and self.peer._transport is not None:
+        transport = None if self.peer is None else self.peer._transport
+        if transport is not None and not transport.is_closing():
             self._link.sent_bytes += len(data) if self.is_near else 0
-            self.peer._transport.write(data)
+            transport.write(data)
 
     def pause_writing(self) -> None:
         self._is_full = True
