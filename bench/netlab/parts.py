@@ -68,7 +68,8 @@ def parts_of(topology: Topology, options: ServingOptions, address_of: Callable[[
     near = ("--nats-url", nats_url(topology.nearest_nats(centre)))
     redis = ("--redis-url", f"redis://127.0.0.1:{REDIS_PORT}/0")
     stages = ("--model", options.model, "--stages", str(len(topology.workers)))
-    listen = ("--host", "0.0.0.0", "--port", str(GATEWAY_PORT))
+    # whoever is in the laboratory may ask
+    listen = ("--host", "0.0.0.0", "--port", str(GATEWAY_PORT), "--require-keys", "once-added")
     return [
         *(
             PlacedPart(name=nats_part(host.name), kind=Kind.NATS, host=host.name, port=CLIENT_PORT)
