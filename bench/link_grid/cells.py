@@ -69,6 +69,7 @@ class Setup:
         found = _POLICY.fullmatch(self.policy)
         assert found is not None, "checked at birth"
         flags = ["--scheduling", found[1], "--micro-batches", found[2] or "auto"]
+        flags += ["--ttft-target-s", "0"]  # the load is what the cell says, whatever the first tokens wait
         return flags + (["--dtype", "bfloat16"] if self.engine is EngineKind.SYNTHETIC else [])
 
     def worker_flags(self, curve: CostCurve) -> list[str]:

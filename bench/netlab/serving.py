@@ -257,6 +257,8 @@ async def _prepare(model: str, extra: Mapping[str, str]) -> None:
 
 
 def _check_order(topology: Topology, status: Mapping[str, Any]) -> None:
+    if all(link is None for link in topology.links.values()):
+        return  # on one LAN any order is as good
     stages = stages_of(status)
     wanted = tuple(worker_id(number) for number in range(len(topology.workers)))
     if stages != wanted[: len(stages)]:
