@@ -46,7 +46,11 @@ _LAST_LINES = 12
 
 
 class DidNotServe(LabError):
-    """The system is not ready in time, ended early, or stands in another order. Carries the logs' last lines."""
+    """The system is not ready in time, or ended early. Carries the logs' last lines."""
+
+
+class OtherOrder(DidNotServe):
+    """The scheduler has put the stages on the hosts in another order; where hosts are alike, it is chance."""
 
 
 class ServingSystem:
@@ -262,4 +266,4 @@ def _check_order(topology: Topology, status: Mapping[str, Any]) -> None:
     stages = stages_of(status)
     wanted = tuple(worker_id(number) for number in range(len(topology.workers)))
     if stages != wanted[: len(stages)]:
-        raise DidNotServe(f"the stages are on {stages}, head first, but the topology wants {wanted}")
+        raise OtherOrder(f"the stages are on {stages}, head first, but the topology wants {wanted}")
