@@ -96,6 +96,16 @@ def test_fixed_counts_stop_at_the_number_of_streams() -> None:
     assert setup.scheduler_flags[:4] == ["--scheduling", "adaptive", "--micro-batches", "16"]
 
 
+def test_a_codec_is_part_of_a_policy() -> None:
+    flags = {
+        policy: Setup(engine=EngineKind.REAL, stages=2, link="10m30", policy=policy).scheduler_flags
+        for policy in ("adaptive", "adaptive:3+int8", "plain+lossless")
+    }
+    codecs = {policy: of[of.index("--link-codec") + 1] for policy, of in flags.items()}
+    assert codecs == {"adaptive": "raw", "adaptive:3+int8": "int8", "plain+lossless": "lossless"}
+    assert flags["adaptive:3+int8"][3] == "3"
+
+
 def test_what_is_no_grid_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for flags in (["--links", "dsl"], ["--policies", "best"], ["--stages", "4"], ["--seconds", "-1"]):
         with pytest.raises(SystemExit):
