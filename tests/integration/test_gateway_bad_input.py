@@ -21,12 +21,6 @@ COMPLETION = "/v1/completions"
 
 
 @pytest.fixture
-async def pool(bus: NatsBus, tmp_path: Path) -> AsyncIterator[FakePool]:
-    async with fake_pool(bus, tmp_path) as pool:
-        yield pool
-
-
-@pytest.fixture
 async def http(pool: FakePool, nats_server: EmbeddedServer) -> AsyncIterator[httpx.AsyncClient]:
     async with ready_gateway(nats_server, max_body_bytes=8 * 1024 * 1024) as client:
         yield client

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from molink.embedded import EmbeddedServer
-from molink_common.bus import NatsBus
 from molink_common.messages import RefusalCode, Refused, SubmitSequence
-from tests.integration.test_gateway_pool import FakePool, fake_pool, ready_gateway
+from tests.integration.test_gateway_pool import FakePool, ready_gateway
 
 CHAT = "/v1/chat/completions"
 COMPLETION = "/v1/completions"
@@ -143,12 +141,6 @@ BAD_REQUESTS: list[Case] = [
         "unsupported",
     ),
 ]  # fmt: skip
-
-
-@pytest.fixture
-async def pool(bus: NatsBus, tmp_path: Path) -> AsyncIterator[FakePool]:
-    async with fake_pool(bus, tmp_path) as pool:
-        yield pool
 
 
 @pytest.fixture

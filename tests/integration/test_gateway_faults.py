@@ -6,10 +6,6 @@ import asyncio
 import contextlib
 import gzip
 import json
-import os
-import signal
-import socket
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +15,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-from molink.embedded import EmbeddedServer, free_port, start_nats
+from molink.embedded import EmbeddedServer, start_nats
 from molink_common import subjects
 from molink_common.bus import BusSettings, NatsBus, open_bus
 from molink_common.messages import FinishReason, SubmitSequence, TokenEvent
@@ -32,6 +28,7 @@ from tests.integration.test_gateway_pool import (
     running_gateway,
     silent_pool,
     submitted,
+    token_of,
     until_healthy,
 )
 
@@ -58,11 +55,6 @@ def say_first_token(pool: FakePool) -> None:
         await pool.say(submit.sequence, 0, token_of(pool, "a"))
 
     pool.answer = say_one
-
-
-def token_of(pool: FakePool, text: str) -> int:
-    (token,) = pool.tokenizer.encode(text).ids
-    return int(token)
 
 
 def events_of(body: str) -> list[Any]:
@@ -261,56 +253,6 @@ async def test_a_stopping_gateway_lets_streams_finish_or_says_so(pool: FakePool,
         events = events_of((await response.aread()).decode())
         assert "stopping" in events[-1]["error"]["message"]
         assert await cancelled(pool) == sequence
-
-
-def libraries_of(pid: int) -> str:
-    maps = Path(f"/proc/{pid}/maps")  # only Linux tells
-    return maps.read_text() if maps.exists() else ""
-
-
-async def run_as_process(*arguments: str) -> asyncio.subprocess.Process:
-    return await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "molink_gateway", *arguments, stderr=asyncio.subprocess.PIPE, env={**os.environ}
-    )
-
-
-async def test_a_taken_port_is_one_clear_line(nats_server: EmbeddedServer) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        process = await run_as_process("--port", str(port), "--nats-url", nats_server.url, "--log-style", "text")
-        _, err = await asyncio.wait_for(process.communicate(), 30)
-    assert process.returncode == 1
-    assert len(err.decode().strip().splitlines()) == 1
-    assert f"127.0.0.1:{port}" in err.decode()
-
-
-async def test_the_process_serves_without_torch_and_ends_at_sigterm(
-    pool: FakePool, nats_server: EmbeddedServer
-) -> None:
-    port = free_port()
-    process = await run_as_process("--port", str(port), "--nats-url", nats_server.url)
-    try:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
-            await until_healthy(client)
-            asking = asyncio.create_task(client.post(CHAT, json=BODY))
-            sequence = (await submitted(pool)).sequence
-            assert "libtorch" not in libraries_of(process.pid)
-            process.send_signal(signal.SIGTERM)
-            await pool.say(sequence, 0, token_of(pool, "a"))
-            await pool.say(sequence, 1, END, FinishReason.STOP)
-            assert (await asking).json()["choices"][0]["message"]["content"] == "a"
-        _, err = await asyncio.wait_for(process.communicate(), 15)
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    assert process.returncode == 0, err.decode()
-    line = next(json.loads(line) for line in err.decode().splitlines() if CHAT in line)
-    assert (line["status"], line["tokens"], line["model"]) == (200, 2, "Small-Test")
-    assert line["ttft_s"] <= line["duration_s"]
-    assert "Hello" not in err.decode()
 
 
 async def test_a_broker_that_restarts(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

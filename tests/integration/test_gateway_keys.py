@@ -29,8 +29,8 @@ from molink_common.messages import (
     StartSequence,
 )
 from molink_scheduler.settings import SchedulerSettings
+from tests.integration.scheduler_stand import FakeWorker, Stand
 from tests.integration.test_gateway_pool import FakePool, make_card, make_tokenizer, ready_gateway, running_gateway
-from tests.integration.test_scheduler_service import FakeWorker, Stand
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
 CHAT = {"model": "demo", "messages": HELLO, "max_tokens": 4}

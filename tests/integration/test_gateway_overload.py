@@ -3,31 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import httpx
-import pytest
 
-from molink.embedded import EmbeddedServer
-from molink_common.bus import NatsBus
 from molink_common.messages import RefusalCode, Refused, SubmitSequence
-from tests.integration.test_gateway_pool import FakePool, fake_pool, ready_gateway
+from tests.integration.test_gateway_pool import FakePool
 
 CHAT = "/v1/chat/completions"
 BODY = {"model": "demo", "messages": [{"role": "user", "content": "Hello"}]}
-
-
-@pytest.fixture
-async def pool(bus: NatsBus, tmp_path: Path) -> AsyncIterator[FakePool]:
-    async with fake_pool(bus, tmp_path) as pool:
-        yield pool
-
-
-@pytest.fixture
-async def http(pool: FakePool, nats_server: EmbeddedServer) -> AsyncIterator[httpx.AsyncClient]:
-    async with ready_gateway(nats_server) as client:
-        yield client
 
 
 class Overloaded:

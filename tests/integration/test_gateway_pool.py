@@ -304,6 +304,17 @@ async def submitted(pool: FakePool) -> SubmitSequence:
     return await asyncio.wait_for(pool.submitted.get(), 5)
 
 
+def token_of(pool: FakePool, text: str) -> int:
+    """The one token that a text is."""
+    (token,) = pool.tokenizer.encode(text).ids
+    return int(token)
+
+
+async def prompt_of(pool: FakePool) -> str:
+    """The prompt of the next sequence, as text."""
+    return pool.tokenizer.decode(list((await submitted(pool)).prompt), skip_special_tokens=False)
+
+
 @contextlib.asynccontextmanager
 async def running_gateway(server: EmbeddedServer, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
     """A gateway on a free port, in this loop; gives a client for it."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,38 +10,14 @@ import openai
 import pytest
 
 from molink.embedded import EmbeddedServer
-from molink_common.bus import NatsBus
 from molink_common.messages import RefusalCode, Refused, SubmitSequence
 from tests.integration.test_gateway_pool import (
     CONTEXT_LENGTH,
     FakePool,
-    fake_pool,
+    prompt_of,
     ready_gateway,
     running_gateway,
-    submitted,
 )
-
-
-@pytest.fixture
-async def pool(bus: NatsBus, tmp_path: Path) -> AsyncIterator[FakePool]:
-    async with fake_pool(bus, tmp_path) as pool:
-        yield pool
-
-
-@pytest.fixture
-async def http(pool: FakePool, nats_server: EmbeddedServer) -> AsyncIterator[httpx.AsyncClient]:
-    async with ready_gateway(nats_server) as client:
-        yield client
-
-
-@pytest.fixture
-async def client(http: httpx.AsyncClient) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(base_url=f"{http.base_url}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
-async def prompt_of(pool: FakePool) -> str:
-    return pool.tokenizer.decode(list((await submitted(pool)).prompt), skip_special_tokens=False)
 
 
 async def test_a_response_is_made_kept_continued_and_deleted(client: openai.AsyncOpenAI, pool: FakePool) -> None:

@@ -18,7 +18,7 @@ from molink.embedded import EmbeddedServer
 from molink_common.bus import NatsBus
 from molink_common.messages import FinishReason, SubmitSequence
 from molink_gateway.resume_state import decode_resume_state
-from tests.integration.test_gateway_pool import FakePool, fake_pool, ready_gateway
+from tests.integration.test_gateway_pool import FakePool, ready_gateway, silent_pool, submitted
 
 CHAT = "/v1/chat/completions"
 TEXT = "The capital of France is Paris. Hello wörld, 日本語 and 😀!"
@@ -69,13 +69,7 @@ def head_of(event: Event) -> list[Any]:
 
 @pytest.fixture
 async def pool(bus: NatsBus, tmp_path: Path) -> AsyncIterator[FakePool]:
-    """A pool that admits every sequence and says nothing by itself."""
-
-    async def be_silent(_: SubmitSequence) -> None:
-        return
-
-    async with fake_pool(bus, tmp_path) as pool:
-        pool.answer = be_silent
+    async with silent_pool(bus, tmp_path) as pool:
         yield pool
 
 
@@ -89,10 +83,6 @@ async def one(pool: FakePool, nats_server: EmbeddedServer) -> AsyncIterator[http
 async def other(pool: FakePool, nats_server: EmbeddedServer) -> AsyncIterator[httpx.AsyncClient]:
     async with ready_gateway(nats_server, gateway_id="other") as client:
         yield client
-
-
-async def submitted(pool: FakePool) -> SubmitSequence:
-    return await asyncio.wait_for(pool.submitted.get(), 5)
 
 
 def tokens_of(pool: FakePool, text: str = TEXT) -> list[int]:
@@ -324,54 +314,6 @@ async def test_every_stream_can_be_made_resumable(pool: FakePool, nats_server: E
         assert submit.resume_state is None
         await pool.say(submit.sequence, 0, END, FinishReason.STOP)
         assert (await asking).status_code == 200
-
-
-@pytest.mark.parametrize(
-    ("event_id", "status", "code"),
-    [
-        ("0" * 16 + ".3", 404, "stream_not_found"),
-        ("0" * 16, 400, "invalid_event_id"),
-        ("", 400, "invalid_event_id"),
-        ("0" * 16 + ".-1", 400, "invalid_event_id"),
-        ("0" * 16 + ".1.rest", 400, "invalid_event_id"),
-        ("x" * 5000, 400, "invalid_event_id"),
-    ],
-)
-async def test_ids_that_lead_nowhere(
-    pool: FakePool, one: httpx.AsyncClient, event_id: str, status: int, code: str
-) -> None:
-    response = await one.post(CHAT, headers={"Last-Event-ID": event_id}, json=BODY)
-    assert response.status_code == status
-    error = response.json()["error"]
-    assert (error["code"], set(error)) == (code, {"message", "type", "param", "code"})
-
-
-async def test_addresses_that_lead_nowhere(pool: FakePool, one: httpx.AsyncClient) -> None:
-    assert (await one.get(f"/v1/streams/{'0' * 16}")).status_code == 404
-    assert (await one.get("/v1/streams/last")).status_code == 400
-    headers = {"Last-Event-ID": "1" * 16 + ".3"}
-    assert (await one.get(f"/v1/streams/{'0' * 16}", headers=headers)).status_code == 400
-
-
-async def test_what_another_version_has_kept_is_not_guessed(pool: FakePool, one: httpx.AsyncClient) -> None:
-    async with one.stream("POST", CHAT, json=BODY, headers=RESUMABLE):
-        submit = await submitted(pool)
-    for state, status in (('{"version": 9}', 500), ("", 500), ("{", 500), (None, 404)):
-        pool.books[submit.sequence] = submit.model_copy(update={"resume_state": state})
-        response = await one.get(f"/v1/streams/{submit.sequence}")
-        assert response.status_code == status
-
-
-async def test_without_a_scheduler_it_can_be_tried_again(
-    bus: NatsBus, nats_server: EmbeddedServer, tmp_path: Path
-) -> None:
-    async with contextlib.AsyncExitStack() as stack:
-        async with fake_pool(bus, tmp_path):
-            client = await stack.enter_async_context(ready_gateway(nats_server))
-        await bus.flush()
-        response = await client.post(CHAT, headers={"Last-Event-ID": "0" * 16 + ".3"})
-        assert response.status_code == 503
-        assert int(response.headers["retry-after"]) >= 1
 
 
 async def test_the_usual_client_reads_ids_and_comments(pool: FakePool, nats_server: EmbeddedServer) -> None:

@@ -18,7 +18,7 @@ from molink_gateway.call_formats import CallFormat
 from molink_gateway.opening import RESUMABLE
 from molink_gateway.tokenizer import load_tokenizer
 from molink_gateway.tool_calls import CallReader
-from tests.integration.test_gateway_pool import CHAT_TEMPLATE, FakePool, fake_pool, ready_gateway, submitted
+from tests.integration.test_gateway_pool import CHAT_TEMPLATE, FakePool, fake_pool, prompt_of, ready_gateway, submitted
 
 HELLO: list[Any] = [{"role": "user", "content": "How is the weather in Paris?"}]
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -43,22 +43,6 @@ async def pool(bus: NatsBus, tmp_path: Path) -> AsyncIterator[FakePool]:
     async with fake_pool(bus, tmp_path, chat_template=QWEN_TEMPLATE) as pool:
         pool.text = TWO_CALLS
         yield pool
-
-
-@pytest.fixture
-async def http(pool: FakePool, nats_server: EmbeddedServer) -> AsyncIterator[httpx.AsyncClient]:
-    async with ready_gateway(nats_server) as client:
-        yield client
-
-
-@pytest.fixture
-async def client(http: httpx.AsyncClient) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(base_url=f"{http.base_url}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
-async def prompt_of(pool: FakePool) -> str:
-    return pool.tokenizer.decode(list((await submitted(pool)).prompt), skip_special_tokens=False)
 
 
 async def test_calls_in_a_whole_answer(client: openai.AsyncOpenAI, pool: FakePool) -> None:
