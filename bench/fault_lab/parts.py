@@ -10,7 +10,7 @@ from bench.netlab.topology import LinkSpec
 from molink.embedded import find_redis_server
 from molink.parts import Kind, Part
 from molink.supervisor import python_command
-from molink_common.large_pages import LARGE_PAGES
+from molink_common.memory import MEMORY_ENVIRONMENT
 from molink_common.messages import ClusterState, Heartbeat, LayerRange
 
 NATS = "nats"
@@ -100,7 +100,7 @@ def _part(name: str, kind: Kind, logs: Path, module: str, *flags: str, port: int
         kind=kind,
         command=python_command(module, *flags),
         log=logs / f"{name}.log",
-        environment={"OMP_NUM_THREADS": "1", **LARGE_PAGES},
+        environment={"OMP_NUM_THREADS": "1", **MEMORY_ENVIRONMENT},
         port=port,
     )
 

@@ -38,7 +38,7 @@ from bench.netlab.topology import Topology
 from molink.embedded import find_nats_server, find_redis_server, is_listening
 from molink.leash import Leash, kill_group
 from molink.parts import Kind
-from molink_common.large_pages import LARGE_PAGES
+from molink_common.memory import MEMORY_ENVIRONMENT
 
 _LISTEN_TIMEOUT_S = 20.0
 _LOOK_AGAIN_S = 0.05
@@ -65,7 +65,7 @@ class ServingSystem:
         self._parts = {part.name: part for part in parts}
         self._folder = folder
         self._leash = leash
-        self._environment = {**os.environ, "OMP_NUM_THREADS": "1", **LARGE_PAGES, **extra}
+        self._environment = {**os.environ, "OMP_NUM_THREADS": "1", **MEMORY_ENVIRONMENT, **extra}
 
     @property
     def host(self) -> str:

@@ -11,7 +11,7 @@ from molink.parts import Kind, Part
 from molink.plan import UpOptions, service_parts
 from molink.readiness import hopeless, news, still_missing
 from molink_common.errors import SettingsError
-from molink_common.large_pages import LARGE_PAGES
+from molink_common.memory import MEMORY_ENVIRONMENT
 from molink_common.messages import ClusterState, Dtype, ModelCard, StagePhase, StageReport, WorkerState
 
 CARD = ModelCard(
@@ -69,7 +69,7 @@ def test_workers_get_their_share_and_their_threads() -> None:
     *_, worker = parts_of(UpOptions(workers=1, threads=4), memory_bytes=1234)
     assert flags_of(worker)["--memory"] == "1234B"
     assert worker.environment["OMP_NUM_THREADS"] == "4"
-    assert worker.environment.items() >= LARGE_PAGES.items()
+    assert worker.environment.items() >= MEMORY_ENVIRONMENT.items()
 
 
 def test_a_gateway_on_all_addresses_is_reached_on_loopback() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from molink.nats_config import LeafDoor
 from molink.parts import Kind, Part
 from molink.supervisor import python_command
-from molink_common.large_pages import LARGE_PAGES
+from molink_common.memory import MEMORY_ENVIRONMENT
 
 _GATEWAY_STOP_TIMEOUT_S = 8.0
 """Open requests get five seconds to finish."""
@@ -120,6 +120,6 @@ def _worker(options: UpOptions, number: int, common: list[str], memory_bytes: in
         command=python_command("molink_stage_worker", *flags),
         log=logs / f"worker-{number}.log",
         # the thread pools of the numeric libraries are sized when they are loaded
-        environment={"OMP_NUM_THREADS": str(options.threads), **LARGE_PAGES},
+        environment={"OMP_NUM_THREADS": str(options.threads), **MEMORY_ENVIRONMENT},
         stop_timeout_s=_WORKER_STOP_TIMEOUT_S,
     )

@@ -14,7 +14,7 @@ import typer
 from molink import site_worker
 from molink_common.errors import MolinkError
 from molink_common.folders import cache_folder
-from molink_common.large_pages import begin_again_with_large_pages
+from molink_common.memory import begin_again_with_memory_environment
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def run_worker(service: Service, arguments: list[str]) -> int:
     if any(argument in ("-h", "--help") for argument in arguments):
         print(f"molink worker takes one flag more than the worker itself, whose flags follow:\n\n{site_worker.HELP}\n")
         return run_service(service, arguments)
-    begin_again_with_large_pages()
+    begin_again_with_memory_environment()
     choice, rest = site_worker.site_choice(arguments, os.environ)
     if choice is None:
         return run_service(service, rest)

@@ -16,6 +16,7 @@ from molink_common.bus import open_bus
 from molink_common.errors import MolinkError
 from molink_common.identity import new_peer_id
 from molink_common.logs import get_logger
+from molink_common.memory import spare_what_lives
 from molink_common.messages import ClusterState
 from molink_common.telemetry import open_telemetry
 from molink_gateway.access_log import AccessLog
@@ -165,6 +166,7 @@ async def _run(parts: Parts, opened: socket.socket, port: int, stop: asyncio.Eve
             group.create_task(parts.keys.follow()),
         ]
         await parts.sequences.is_listening.wait()
+        spare_what_lives()
         serving = group.create_task(server.serve(sockets=[opened]))
         log.info(
             "gateway listens",

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from molink_common.bus import open_bus
+from molink_common.memory import spare_what_lives
 from molink_common.service import run_service
 from molink_scheduler.response_shelf import keeping_responses, open_response_shelf
 from molink_scheduler.settings import SchedulerSettings
@@ -22,6 +23,7 @@ async def serve(settings: SchedulerSettings, stop: asyncio.Event) -> None:
         open_response_shelf(settings.redis_url) as shelf,
         keeping_responses(bus, shelf),
     ):
+        spare_what_lives()
         await serve_scheduler(settings, bus, store, stop)
 
 

@@ -12,6 +12,7 @@ import torch
 from molink_common.bus import open_bus
 from molink_common.folders import cache_folder
 from molink_common.identity import new_peer_id
+from molink_common.memory import spare_what_lives
 from molink_common.service import run_service
 from molink_common.telemetry import open_telemetry
 from molink_stage_worker.engine.loading import load_engine
@@ -93,6 +94,7 @@ async def serve(
                 telemetry=telemetry,
             )
             workers.append(worker)
+            spare_what_lives()
             await worker.run(stop)
     finally:
         telemetry.close()

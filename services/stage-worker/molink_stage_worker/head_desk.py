@@ -70,13 +70,19 @@ class HeadDesk:
         """Sequences given up since the last call."""
         return self._batcher.take_failed()
 
-    def on_tokens(self, tokens: StepTokens, now_s: float) -> None:
-        """A step came back: learn what it cost, and let its sequences go on."""
+    def on_tokens(self, tokens: StepTokens, now_s: float) -> StepObservation | None:
+        """A step came back: let its sequences go on. Gives what is to be learnt from it."""
         planned = self._planned.pop(tokens.step, None)
-        if planned is not None and tokens.timings and planned.plan.entries and planned.plan.rebuild is None:
-            self._planner.on_step(self._observation(planned, tokens, now_s), now_s)
         self._batcher.on_tokens(tokens)
         self._forget_lost()
+
+        if planned is None or not tokens.timings or not planned.plan.entries or planned.plan.rebuild is not None:
+            return None
+        return self._observation(planned, tokens, now_s)
+
+    def learn(self, observation: StepObservation, now_s: float) -> None:
+        """What a step that came back did cost."""
+        self._planner.on_step(observation, now_s)
 
     def on_lost(self, step: int) -> None:
         """A step will never come back."""

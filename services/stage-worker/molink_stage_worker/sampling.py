@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from molink_common.logs import get_logger
@@ -129,9 +130,8 @@ class Sampler:
 
         `rows` names the sequence of each row, every one open and at most once.
         """
-        best_R, choice_R = logits_RV.max(dim=-1)
         # NaN and +inf win every comparison, and -inf is the largest only if all are: one number tells
-        best, choices = best_R.tolist(), choice_R.tolist()
+        best, choices = _likeliest(logits_RV)
         states = [self._states[name] for name in rows]
         sound = [row for row, value in enumerate(best) if math.isfinite(value)]
         failed = [rows[row] for row in range(len(rows)) if not math.isfinite(best[row])]
@@ -297,6 +297,17 @@ def _keep_to_grammar(logits_V: torch.Tensor, follower: Follower, sequence: str) 
         return None
     logits_V.masked_fill_(mask.forbidden(logits_V.shape[0], logits_V.device), -math.inf)
     return mask.few_of(logits_V.shape[0], logits_V.device)
+
+
+def _likeliest(logits_RV: torch.Tensor) -> tuple[list[float], list[int]]:
+    """Each row's largest logit, and the first token that has it."""
+    if logits_RV.device.type != "cpu":
+        best_R, choice_R = logits_RV.max(dim=-1)
+        return best_R.tolist(), choice_R.tolist()
+    # torch looks at one number at a time on a CPU: 1.1 ms for 21 rows of 49,152 where numpy takes 0.06
+    logits = logits_RV.numpy()
+    choices = logits.argmax(axis=-1)
+    return logits[np.arange(len(choices)), choices].tolist(), choices.tolist()
 
 
 def _needs_work(state: _State) -> bool:

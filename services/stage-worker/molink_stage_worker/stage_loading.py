@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from molink_common.memory import spare_what_lives
 from molink_common.messages import AssignStage, Dtype, ModelCard
 from molink_stage_worker.engine.interface import Engine, Progress, StageSpec
 
@@ -129,5 +130,6 @@ class StageLoader:
             block_size=blocks.block_size,
         )
         engine = self.load_engine(spec, lambda share: told(_CHECKPOINT_SHARE + share * (1 - _CHECKPOINT_SHARE)))
+        spare_what_lives()
         told(1.0)
         return engine

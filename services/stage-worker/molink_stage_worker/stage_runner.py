@@ -266,8 +266,11 @@ class StageRunner:
 
     def _take_tokens(self, tokens: StepTokens) -> None:
         if self._desk is not None and self._is_serving:
-            self._desk.on_tokens(tokens, self._loop.time())
+            now_s = self._loop.time()
+            observation = self._desk.on_tokens(tokens, now_s)
             self.pump()
+            if observation is not None:  # after the next step has begun: none has to wait for this
+                self._desk.learn(observation, now_s)
 
     def _on_lost(self, step: int) -> None:
         if self._desk is not None and self._is_serving:
@@ -331,7 +334,7 @@ class StageRunner:
         return self._compute.run(steps) if steps else []
 
     def _computed(self, future: asyncio.Future[list[StageResult]]) -> None:
-        """Start the next step before these results are sent."""
+        """Send what came out; then, once it is in the socket, plan the next step."""
         self._computing -= 1
         if future.cancelled() or not self._is_serving:
             return
@@ -354,7 +357,9 @@ class StageRunner:
                 if self._desk is not None:
                     self._take_tokens(result.tokens)  # head and tail in one: no way round through the broker
             self._account_for(result)
-        self.pump()
+        if self._desk is not None:
+            # the link's task runs in the next turn of the loop, and its socket is written to at the end of that
+            self._loop.call_soon(self._loop.call_soon, self.pump)
 
     def _break(self, error: BaseException) -> None:
         if not self._broken.done():

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-_SWEEPS = 25
+from operator import mul
+
+_MOST_SWEEPS = 25
+_SETTLED = 1e-6
+"""A sweep that moves no coefficient by more than this share of the largest is the last one."""
 _NEVER_ZERO = 1e-12
 
 
@@ -36,15 +40,17 @@ class ForgettingLeastSquares:
     def solve(self) -> tuple[float, ...]:
         """The coefficients. Coordinate descent from the last solution: each sweep can only improve the fit."""
         solution = self._solution
-        for _ in range(_SWEEPS):
+        for _ in range(_MOST_SWEEPS):
+            moved = 0.0
             for index, row in enumerate(self._products):
+                before = solution[index]
                 own = row[index] * (1.0 + self._ridge[index])
                 if own <= _NEVER_ZERO:
                     solution[index] = 0.0
                     continue
-                rest = (
-                    sum(value * other for value, other in zip(row, solution, strict=True))
-                    - row[index] * solution[index]
-                )
+                rest = sum(map(mul, row, solution)) - row[index] * before
                 solution[index] = max((self._targets[index] - rest) / own, 0.0)
+                moved = max(moved, abs(solution[index] - before))
+            if moved <= _SETTLED * max(solution):
+                break
         return tuple(value / scale for value, scale in zip(solution, self._scales, strict=True))
