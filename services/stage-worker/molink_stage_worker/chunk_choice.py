@@ -8,6 +8,8 @@ from molink_stage_worker.batch_sequence import Sequence
 from molink_stage_worker.fair_queue import Shares
 
 _TURNS = 3
+_A_LITTLE = 4
+"""A chunk may grow by this part of it."""
 MOST_LOGIT_ROWS = 128
 """A step, for prompts whose log probabilities are told: the tail holds a row of the vocabulary for each token."""
 
@@ -19,7 +21,8 @@ class ChunkChoice:
     the same short ones, and the longest would wait through them all. Were all served alike, all would end late. So
     short prompts pass long ones, but cannot hold them up for ever. A step stops opening sequences once their prompts
     together pass `opening_tokens`, and takes at most `MOST_LOGIT_ROWS` tokens of prompts whose log probabilities are
-    told.
+    told. A prompt whose rest is only a little more than that gets all of it: a pass for a few tokens costs almost as
+    much as one for many.
     """
 
     def __init__(self, opening_tokens: int, shares: Shares) -> None:
@@ -27,8 +30,8 @@ class ChunkChoice:
         self._shares = shares
         self._turns = 0
 
-    def choose(self, prompts: Listing[Sequence], budget: int) -> dict[str, int]:
-        """Tokens by sequence, `budget` together at most."""
+    def choose(self, prompts: Listing[Sequence], budget: int, most: int) -> dict[str, int]:
+        """Tokens by sequence, about `budget` together, `most` in any case."""
         self._turns += 1
         is_first_come = self._turns % _TURNS == 1
         ordered = sorted(
@@ -53,9 +56,11 @@ class ChunkChoice:
                 if opening and opening + sequence.opening_tokens > self._opening_tokens:
                     continue
                 opening += sequence.opening_tokens
-            chosen[sequence.id] = min(budget, sequence.unplanned)
+            rest = min(budget + budget // _A_LITTLE, most)
+            chosen[sequence.id] = sequence.unplanned if sequence.unplanned <= rest else min(budget, most)
             if sequence.tells_prompt:
                 chosen[sequence.id] = min(chosen[sequence.id], rows)
                 rows -= chosen[sequence.id]
             budget -= chosen[sequence.id]
+            most -= chosen[sequence.id]
         return chosen

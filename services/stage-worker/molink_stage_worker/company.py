@@ -28,9 +28,8 @@ class DecodeRhythm:
         self._last_s = now_s
 
     def patience_s(self, now_s: float) -> float:
-        """How long to wait for the next one; 0: it is not to be expected."""
+        """How long to wait for the next one; 0: it is not to be expected any more."""
         if self._last_s is None or self._beat_s is None:
             return 0.0
-        if now_s - self._last_s > _MISSED_BEATS * self._beat_s:
-            return 0.0
-        return min(_PATIENCE_BEATS * self._beat_s, _LONGEST_S)
+        expected_for_s = self._last_s + _MISSED_BEATS * self._beat_s - now_s
+        return max(min(expected_for_s, _PATIENCE_BEATS * self._beat_s, _LONGEST_S), 0.0)

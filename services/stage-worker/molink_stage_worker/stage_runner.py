@@ -311,8 +311,9 @@ class StageRunner:
         now_s = self._loop.time()
         patience_s = 0.0
         if step.frame.traffic is Traffic.DECODE:
-            self._rhythm.on_decode(now_s)
-            self._last_decode = step
+            if step.frame.entries:
+                self._rhythm.on_decode(now_s)
+                self._last_decode = step
         elif self._last_decode is not None and self._compute.pays_together([self._last_decode], step):
             patience_s = self._rhythm.patience_s(now_s)
         self._ready.put(step, step.frame.traffic, alone_from_s=now_s + patience_s)

@@ -108,7 +108,10 @@ class StepChoice:
         newcomer = self._newcomer()
         if newcomer is not None:  # the tokens of others in its step would delay it
             prompts = [sequence for sequence in prompts if self._served(sequence) <= newcomer] or prompts
-        return self._prompts.choose(prompts, min(self._limits.step_tokens - len(taken), most_tokens)) if prompts else {}
+        if not prompts:
+            return {}
+        room = self._limits.step_tokens - len(taken)
+        return self._prompts.choose(prompts, min(room, most_tokens), room)
 
     def to_rebuild(self, plan: BatchPlan, counts: Mapping[Traffic, int], rebuild: int | None) -> dict[str, int]:
         """Who has waited through most losses first; then the shortest: most streams go on soonest."""
