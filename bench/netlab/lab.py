@@ -142,6 +142,8 @@ def _make_host(plan: LabPlan, host: str) -> None:
     run_tool("ip", "netns", "add", name)
     settings = {
         "net.ipv4.ip_forward": "1",
+        # as docs/topologies.md tells those who own the hosts of brokers
+        "net.ipv4.tcp_slow_start_after_idle": "0",
         # one address on several devices: an answer may come back another way than the question went
         "net.ipv4.conf.all.rp_filter": "0",
         "net.ipv4.conf.default.rp_filter": "0",
