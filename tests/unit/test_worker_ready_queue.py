@@ -57,6 +57,7 @@ def test_company_is_waited_for_only_where_decode_steps_come_again_and_again() ->
         rhythm.on_decode(0.03 * beat)
     last_s = 0.03 * 19
     assert 0.04 < rhythm.patience_s(last_s + 0.01) < 0.05
+    assert 0.009 < rhythm.patience_s(last_s + 0.05) < 0.011
     assert rhythm.patience_s(last_s + 0.07) == 0.0
     rhythm.on_decode(last_s + 60.0)
     assert rhythm.patience_s(last_s + 60.0) <= 0.15

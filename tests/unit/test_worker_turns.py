@@ -94,3 +94,21 @@ def test_who_has_waited_through_most_losses_goes_on_first() -> None:
     assert [entry.sequence for entry in plan.entries] == [2, 3], "still in this order"
     head.on_tokens(result(plan, counts))
     assert [entry.sequence for entry in plan_of(head).entries][-2:] == [3, 1], "the others follow"
+
+
+def test_the_little_rest_of_a_prompt_goes_with_the_chunk_before_it() -> None:
+    for prompt, counts in ((10, [10]), (11, [8, 3]), (18, [8, 10])):
+        head, indices = batcher(separate=True, chunk_tokens=8), dict[int, int]()
+        head.add(start(1, prompt=prompt))
+        taken = []
+        while sum(taken) < prompt:
+            plan = plan_of(head)
+            taken.append(plan.entries[0].count)
+            head.on_tokens(result(plan, indices))
+        assert taken == counts
+
+
+def test_a_rest_that_the_step_has_no_room_for_stays() -> None:
+    head = batcher(step_tokens=9, chunk_tokens=9)
+    head.add(start(1, prompt=11))
+    assert [entry.count for entry in plan_of(head).entries] == [9]
