@@ -2,12 +2,14 @@
 
 The first requests of the streams are of different lengths, so that they do not end, and prefill, all together for
 ever after. With newcomers, a long prompt comes every few seconds by the clock, whether or not the last was answered.
+No prompt comes twice, in whatever load of this process: the system would know it, and compute nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
 import time
 from collections.abc import AsyncIterator
@@ -17,6 +19,7 @@ from bench.load import TokenTrace, trace_completion
 
 _FIRST_ID, _LAST_ID = 200, 40_000
 """Ordinary tokens of the demo model's vocabulary."""
+_loads = itertools.count()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +52,7 @@ class SteadyLoad:
 
     shape: LoadShape
     began_s: float
+    number: int = field(default_factory=lambda: next(_loads))
     streams: list[TokenTrace] = field(default_factory=list)
     newcomers: list[TokenTrace] = field(default_factory=list)
     left_out: int = 0
@@ -65,7 +69,7 @@ class SteadyLoad:
         await asyncio.sleep(max(0.0, least_s - (time.perf_counter() - started_s)))
 
     async def _stream(self, target: Target, number: int) -> None:
-        dice = random.Random(number)
+        dice = random.Random(f"load {self.number}, stream {number}")
         shape = self.shape
         answer_tokens = 1 + shape.answer_tokens * (number + 1) // shape.streams
         while True:
@@ -76,7 +80,7 @@ class SteadyLoad:
                 self._warm.set()
 
     async def _newcomers(self, target: Target, every_s: float) -> None:
-        dice = random.Random(-1)
+        dice = random.Random(f"load {self.number}, newcomers")
         shape = self.shape
         next_s = time.perf_counter()
         async with asyncio.TaskGroup() as tasks:
