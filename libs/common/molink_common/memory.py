@@ -47,3 +47,9 @@ def spare_what_lives() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+def collect_all() -> None:
+    """Look for garbage among what was spared as well."""
+    gc.unfreeze()
+    gc.collect()

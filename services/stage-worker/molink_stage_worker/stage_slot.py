@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ import torch
 from molink_common.bus import Bus
 from molink_common.errors import BusUnavailable, MolinkError
 from molink_common.logs import get_logger
+from molink_common.memory import collect_all
 from molink_common.messages import AssignStage, LayerRange, PreloadStages, StagePhase, StageReport
 from molink_common.telemetry import Telemetry
 from molink_stage_worker.engine.interface import Engine
@@ -272,7 +272,7 @@ class StageSlot:
                 self._shelf.put(Weights.of(assignment), engine)
             engine = kept = None
             if not is_sound:
-                gc.collect()  # what an exception has passed through may hold on to the engine
+                collect_all()  # what an exception has passed through may hold on to the engine
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
