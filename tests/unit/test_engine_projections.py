@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn.functional import linear, silu
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from molink_stage_worker.engine.lean_layers import LeanLayer, make_lean
+from molink_stage_worker.engine.lean_layers import LeanLayer
+from molink_stage_worker.engine.lean_model import make_lean
 from molink_stage_worker.engine.projections import PackedProjection, PlainProjection, can_pack, project
 
 CPU = torch.device("cpu")

@@ -9,6 +9,7 @@ token of many sequences is one call with Q = G.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -18,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from molink_stage_worker.engine.kv_store import KvStore, LayerStore
-from molink_stage_worker.engine.step_plan import Chunk, KeyView, StepPlan
+from molink_stage_worker.engine.step_plan import Chunk, KeyView, Reads, StepPlan
 
 ATTENTION_NAME = "molink"
 
@@ -36,15 +37,16 @@ class PagedStep:
 
 
 @dataclass(frozen=True, slots=True)
-class _Kind:
+class Kind:
     """How a layer turns scores into weights."""
 
-    scale: float | None
-    softcap: float | None
-    sinks_H: torch.Tensor | None
+    scale: float | None = None
+    softcap: float | None = None
+    sinks_H: torch.Tensor | None = None
 
     @property
     def is_plain(self) -> bool:
+        """Whether a softmax of the scaled scores is all."""
         return self.softcap is None and self.sinks_H is None
 
 
@@ -67,26 +69,49 @@ def paged_attention(
     """
     # a family that does not pass its window has it on the module
     window = kwargs["sliding_window"] if "sliding_window" in kwargs else getattr(module, "sliding_window", None)
-    kind = _Kind(scaling, softcap, s_aux)
-    query_HTD, keys_KTD, values_KTE = query[0], key[0], value[0]
+    kind = Kind(scaling, softcap, s_aux)
     plan = paged.plan
     index: int = module.layer_idx  # type: ignore[assignment]
-    layer = paged.store.write(index, plan.slots_T, keys_KTD, values_KTE, blocks_to_clear=plan.blocks_to_clear)
-    reads = plan.reads(window)
+    layer = paged.store.write(index, plan.slots_T, key[0], value[0], blocks_to_clear=plan.blocks_to_clear)
+    return attend(query[0], key[0], value[0], layer, plan.reads(window), kind).unsqueeze(0), None
+
+
+def attend(
+    query_HTD: torch.Tensor,
+    keys_KTD: torch.Tensor,
+    values_KTE: torch.Tensor,
+    layer: LayerStore,
+    reads: Reads,
+    kind: Kind,
+) -> torch.Tensor:
+    """Attention of a step whose keys and values are in the store already; gives ``[T, H, E]``."""
     if reads.is_one_group:
-        return _attend_decode(query_HTD, layer, reads.groups[0].view, kind).unsqueeze(0), None
+        return _attend_decode(query_HTD, layer, reads.groups[0].view, kind)
     num_heads, num_tokens, _ = query_HTD.shape
-    output_THE = query.new_empty(num_tokens, num_heads, values_KTE.shape[-1])
+    output_THE = query_HTD.new_empty(num_tokens, num_heads, values_KTE.shape[-1])
     for group in reads.groups:
         output_THE[group.rows] = _attend_decode(query_HTD[:, group.rows], layer, group.view, kind)
-    for chunk in reads.chunks:
+    attend_chunks(query_HTD, keys_KTD, values_KTE, layer, reads.chunks, kind, output_THE)
+    return output_THE
+
+
+def attend_chunks(
+    query_HTD: torch.Tensor,
+    keys_KTD: torch.Tensor,
+    values_KTE: torch.Tensor,
+    layer: LayerStore,
+    chunks: Sequence[Chunk],
+    kind: Kind,
+    output_THE: torch.Tensor,
+) -> None:
+    """Attention of a step's chunks into their rows of `output_THE`."""
+    for chunk in chunks:
         rows = chunk.rows
         if chunk.view is None:
             keys_1KSD, values_1KSE = keys_KTD[None, :, rows], values_KTE[None, :, rows]
         else:
             keys_1KSD, values_1KSE = _read(layer, chunk.view)
         output_THE[rows] = _attend_chunk(query_HTD[:, rows], keys_1KSD, values_1KSE, chunk, kind)
-    return output_THE.unsqueeze(0), None
 
 
 def _read(layer: LayerStore, view: KeyView) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,7 +128,7 @@ def _gathered(blocks_KNX: torch.Tensor, view: KeyView, slots_KSD: torch.Tensor) 
     return picked.view(heads, view.batch, -1, head_size)[:, :, view.keys].transpose(0, 1)
 
 
-def _attend_decode(query_HBD: torch.Tensor, layer: LayerStore, view: KeyView, kind: _Kind) -> torch.Tensor:
+def _attend_decode(query_HBD: torch.Tensor, layer: LayerStore, view: KeyView, kind: Kind) -> torch.Tensor:
     """One token for each of B sequences; gives ``[B, H, E]``."""
     keys_BKSD, values_BKSE = _read(layer, view)
     num_heads, batch, head_size = query_HBD.shape
@@ -138,7 +163,7 @@ def _attend_by_products(
     keys_BKSD: torch.Tensor,
     values_BKSE: torch.Tensor,
     mask: torch.Tensor | None,
-    kind: _Kind,
+    kind: Kind,
 ) -> torch.Tensor:
     """Scores, softmax (in float32 inside) and values as three calls; scores are rounded to bfloat16 between."""
     scale = kind.scale if kind.scale is not None else query_BKGD.shape[-1] ** -0.5
@@ -151,7 +176,7 @@ def _attend_by_products(
 
 
 def _attend_chunk(
-    query_HCD: torch.Tensor, keys_1KSD: torch.Tensor, values_1KSE: torch.Tensor, chunk: Chunk, kind: _Kind
+    query_HCD: torch.Tensor, keys_1KSD: torch.Tensor, values_1KSE: torch.Tensor, chunk: Chunk, kind: Kind
 ) -> torch.Tensor:
     """C tokens of one sequence; gives ``[C, H, E]``."""
     num_heads, count, head_size = query_HCD.shape
@@ -196,7 +221,7 @@ def _attend_explicitly(
     keys_BKSD: torch.Tensor,
     values_BKSE: torch.Tensor,
     mask: torch.Tensor | None,
-    kind: _Kind,
+    kind: Kind,
     *,
     repeats: int,
 ) -> torch.Tensor:

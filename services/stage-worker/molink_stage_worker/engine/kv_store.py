@@ -12,11 +12,12 @@ nothing. Blocks are cleared when they are given out and not filled at once.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class LayerStore:
     """One layer's keys and values, by slot and by block (the same memory)."""
 
@@ -24,6 +25,8 @@ class LayerStore:
     values_KSE: torch.Tensor
     keys_KNX: torch.Tensor
     values_KNX: torch.Tensor
+    arrays: tuple[Any, Any] | None = None
+    """Keys and values as arrays (again the same memory), once compiled code has asked for them."""
 
 
 @dataclass(slots=True)
@@ -44,14 +47,26 @@ class KvStore:
         blocks_to_clear: torch.Tensor | None,
     ) -> LayerStore:
         """Clear blocks, then put the keys and values of T tokens into their slots; gives the layer's tensors."""
+        store = self.cleared(layer, keys_KTD, values_KTE, blocks_to_clear=blocks_to_clear)
+        store.keys_KSD.index_copy_(1, slots_T, keys_KTD)
+        store.values_KSE.index_copy_(1, slots_T, values_KTE)
+        return store
+
+    def cleared(
+        self,
+        layer: int,
+        keys_KTD: torch.Tensor,
+        values_KTE: torch.Tensor,
+        *,
+        blocks_to_clear: torch.Tensor | None,
+    ) -> LayerStore:
+        """The layer's tensors, made for keys and values like these, for a caller who puts them into their slots."""
         store = self._layers.get(layer)
         if store is None:
             store = self._layers[layer] = self._make(keys_KTD, values_KTE)
         if blocks_to_clear is not None:
             store.keys_KNX.index_fill_(1, blocks_to_clear, 0)
             store.values_KNX.index_fill_(1, blocks_to_clear, 0)
-        store.keys_KSD.index_copy_(1, slots_T, keys_KTD)
-        store.values_KSE.index_copy_(1, slots_T, values_KTE)
         return store
 
     def _make(self, keys_KTD: torch.Tensor, values_KTE: torch.Tensor) -> LayerStore:

@@ -6,9 +6,6 @@ for queries, keys and values, one rotation for queries and keys, activation, fac
 the projections. It stands in the model's own forward where the layer stood, so everything before and after
 (embedding, rotary angles, final norm, output head) stays the model's.
 
-Only layers whose code is known to have this shape are replaced. Every other family's layers run as transformers
-wrote them; of those models only the output head's product is exchanged for a packed one.
-
 Shapes: T tokens, H hidden size, N query heads, K key heads, D head size.
 """
 
@@ -19,15 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import rms_norm
-from transformers import PreTrainedModel
 
 from molink_stage_worker.engine.attention import PagedStep, paged_attention
-from molink_stage_worker.engine.projections import PackedProjection, can_pack, project
-
-_LLAMA_SHAPED = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3"})
+from molink_stage_worker.engine.projections import project
 
 
-class _Rotation:
+class Rotation:
     """Rotary embedding of queries and keys in one go. Angles are the same for all layers of a step."""
 
     def __init__(self) -> None:
@@ -50,7 +44,7 @@ class _Rotation:
 class LeanLayer(nn.Module):
     """Takes the place of one decoder layer; the original is not kept."""
 
-    def __init__(self, layer: nn.Module, rotation: _Rotation) -> None:
+    def __init__(self, layer: nn.Module, rotation: Rotation) -> None:
         super().__init__()
         attention: Any = layer.self_attn
         mlp: Any = layer.mlp
@@ -81,15 +75,29 @@ class LeanLayer(nn.Module):
     ) -> torch.Tensor:
         """``[1, T, H]`` to ``[1, T, H]``, as the layer that it replaces."""
         hidden_TH = hidden_states[0]
+        rows_TW = self.query_key_value(self._normed(self.input_norm, hidden_TH))
+        hidden_TH = self.output.plus(self._attended(rows_TW, paged, position_embeddings), hidden_TH)
+        normed_TH = self._normed(self.post_attention_norm, hidden_TH)
+        inner_TI = self.up.times(normed_TH, self.gate.with_silu(normed_TH))
+        return self.down.plus(inner_TI, hidden_TH).unsqueeze(0)
+
+    def _normed(self, norm: Any, x: torch.Tensor) -> torch.Tensor:
+        """Root mean square norm over the last dimension, in one call."""
+        return rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+    def _attended(
+        self, rows_TW: torch.Tensor, paged: PagedStep, angles: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        """Queries, keys and values of each token, side by side, to what its queries have found; keys are stored."""
         heads = self._num_queries + self._num_keys
-        projected_T = self.query_key_value(_norm(self.input_norm, hidden_TH))
-        projected_TND = projected_T.view(-1, heads + self._num_keys, self._head_size)
+        projected_TND = rows_TW.view(-1, heads + self._num_keys, self._head_size)
         rotated_TND = projected_TND[:, :heads]
         if self.query_norm is not None and self.key_norm is not None:
-            queries = _norm(self.query_norm, rotated_TND[:, : self._num_queries])
-            rotated_TND = torch.cat([queries, _norm(self.key_norm, rotated_TND[:, self._num_queries :])], dim=1)
+            queries = self._normed(self.query_norm, rotated_TND[:, : self._num_queries])
+            keys = self._normed(self.key_norm, rotated_TND[:, self._num_queries :])
+            rotated_TND = torch.cat([queries, keys], dim=1)
         if self._rotation is not None:
-            rotated_TND = self._rotation.apply(rotated_TND, position_embeddings)
+            rotated_TND = self._rotation.apply(rotated_TND, angles)
         attended, _weights = paged_attention(
             self,
             rotated_TND[:, : self._num_queries].transpose(0, 1).unsqueeze(0),
@@ -99,16 +107,7 @@ class LeanLayer(nn.Module):
             paged=paged,
             scaling=self._scaling,
         )
-        attended_TI = attended.reshape(hidden_TH.shape[0], -1)
-        hidden_TH = self.output.plus(attended_TI, hidden_TH)
-        normed_TH = _norm(self.post_attention_norm, hidden_TH)
-        inner_TI = self.up.times(normed_TH, self.gate.with_silu(normed_TH))
-        return self.down.plus(inner_TI, hidden_TH).unsqueeze(0)
-
-
-def _norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
-    """Root mean square norm over the last dimension, in one call."""
-    return rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+        return attended.reshape(rows_TW.shape[0], -1)
 
 
 def _sliding_window(attention: Any) -> int | None:
@@ -117,35 +116,3 @@ def _sliding_window(attention: Any) -> int | None:
     else:
         window = attention.config.sliding_window if attention.config.model_type == "mistral" else None
     return window
-
-
-def make_lean(model: PreTrainedModel) -> None:
-    """Exchange what is known to be exchangeable in a pruned, loaded model of a packed family.
-
-    `model` is a causal language model of any family. Layers are replaced one by one, so that at most one
-    layer's weights exist twice at a time.
-    """
-    config: Any = model.config
-    if _is_llama_shaped(config):
-        rotation = _Rotation()
-        layers: Any = model.model.layers
-        for index, layer in enumerate(layers):
-            if hasattr(layer, "self_attn"):
-                layers[index] = LeanLayer(layer, rotation)
-    head: Any = model.get_output_embeddings()
-    if type(head) is nn.Linear and can_pack(head.weight.dtype, head.weight.device):
-        model.set_output_embeddings(project(head))
-    if any(isinstance(module, PackedProjection) for module in model.modules()):
-        # what was packed was read through a mapping of the checkpoint, which stays as long as anything points into it
-        for parameter in model.parameters():
-            parameter.data = parameter.data.clone()
-
-
-def _is_llama_shaped(config: Any) -> bool:
-    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
-    return (
-        config.model_type in _LLAMA_SHAPED
-        and getattr(config, "hidden_act", None) == "silu"
-        and rope.get("partial_rotary_factor", 1.0) == 1.0
-        and not getattr(config, "pretraining_tp", 1) > 1
-    )

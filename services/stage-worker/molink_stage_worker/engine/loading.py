@@ -16,7 +16,7 @@ from molink_common.messages import Dtype
 from molink_stage_worker.engine.attention import ATTENTION_NAME
 from molink_stage_worker.engine.families import Family, Serving, family_of
 from molink_stage_worker.engine.interface import Engine, Progress, StageSpec
-from molink_stage_worker.engine.lean_layers import make_lean
+from molink_stage_worker.engine.lean_model import make_lean
 from molink_stage_worker.engine.packed import PackedEngine
 from molink_stage_worker.engine.per_sequence import PerSequenceEngine
 from molink_stage_worker.engine.pruning import cut, stage_class

@@ -19,6 +19,8 @@ import torch
 from molink_stage_worker.engine.block_tables import Placement, Span
 
 _SHORT_CHUNK_TOKENS = 32
+_TOKEN_BY_TOKEN = 8
+"""Spans up to this length are attended token by token where attention is compiled."""
 _GROUP_SLACK_TOKENS = 64
 _GROUP_SLACK_SHARE = 1.5
 
@@ -71,19 +73,37 @@ class Reads:
         return len(self.groups) == 1 and not self.chunks
 
 
+@dataclass(frozen=True, slots=True)
+class TokenReads:
+    """What compiled attention reads (see `kernels.attend`): R tokens, each by itself; and what is left to torch."""
+
+    rows_R: Any
+    tables_R: Any
+    ends_R: Any
+    blocks_N: Any
+    num_keys: int
+    """That the tokens see, all together, if no window hides any."""
+    has_chunks: bool
+    """Whether some spans are long enough to be better off as chunks, by matrix products."""
+
+
 class StepPlan:
     """One step's indices on the stage's device. `reads` depends on the layer's window and is kept by it."""
 
     def __init__(self, placement: Placement, *, block_size: int, device: torch.device, dtype: torch.dtype) -> None:
         spans = self._spans = placement.spans
-        self._block_size = block_size
+        self.block_size = block_size
         self._device = device
         self._dtype = dtype
         self._reads: dict[int | None, Reads] = {}
+        self._token_reads: TokenReads | None = None
+        self._long_chunks: dict[int | None, tuple[Chunk, ...]] = {}
         positions_T, slots_T = _positions_and_slots(spans, block_size)
         self.num_tokens = len(positions_T)
         self.positions_1T = self._tensor(positions_T).unsqueeze(0)
         self.slots_T = self._tensor(slots_T)
+        self.slots = slots_T
+        """The same as an array in the host's memory."""
         cleared = placement.blocks_to_clear
         self.blocks_to_clear = self._tensor(np.array(cleared, np.int64)) if cleared else None
 
@@ -93,6 +113,41 @@ class StepPlan:
         if found is None:
             found = self._reads[window] = self._plan_reads(window)
         return found
+
+    def token_reads(self) -> TokenReads:
+        """Where each token of a short span finds its keys."""
+        if self._token_reads is None:
+            self._token_reads = self._plan_token_reads()
+        return self._token_reads
+
+    def long_chunks(self, window: int | None) -> tuple[Chunk, ...]:
+        """The spans that `token_reads` leaves out, for a layer with that window."""
+        found = self._long_chunks.get(window)
+        if found is None:
+            chunks = [self._chunk(span, window) for span in self._spans if span.count > _TOKEN_BY_TOKEN]
+            found = self._long_chunks[window] = tuple(chunks)
+        return found
+
+    def _plan_token_reads(self) -> TokenReads:
+        spans = [span for span in self._spans if span.count <= _TOKEN_BY_TOKEN]
+        rows, tables, ends, blocks = [], [], [], []
+        table = 0
+        for span in spans:
+            own = span.blocks[: -(-span.end // self.block_size)]
+            blocks.append(own)
+            for offset in range(span.count):
+                rows.append(span.row + offset)
+                tables.append(table)
+                ends.append(span.start + offset + 1)
+            table += len(own)
+        return TokenReads(
+            rows_R=np.array(rows, np.int64),
+            tables_R=np.array(tables, np.int64),
+            ends_R=np.array(ends, np.int64),
+            blocks_N=np.concatenate(blocks) if blocks else np.empty(0, np.int64),
+            num_keys=sum(ends),
+            has_chunks=len(spans) < len(self._spans),
+        )
 
     def _plan_reads(self, window: int | None) -> Reads:
         decodes = [span for span in self._spans if span.count == 1 and span.end > 1]
@@ -110,7 +165,7 @@ class StepPlan:
         return DecodeGroup(self._tensor(np.array(rows, np.int64)), self._decode_view(spans, window))
 
     def _decode_view(self, spans: Sequence[Span], window: int | None) -> KeyView:
-        size = self._block_size
+        size = self.block_size
         ends = np.array([span.end for span in spans], np.int64)
         firsts = np.zeros_like(ends) if window is None else np.maximum(ends - window, 0)
         if len(spans) == 1:
@@ -148,7 +203,7 @@ class StepPlan:
 
     def _view_of_one(self, span: Span, first: int, mask: torch.Tensor | None) -> KeyView:
         """Keys ``first .. end`` of one sequence."""
-        size = self._block_size
+        size = self.block_size
         first_block = first // size
         blocks = span.blocks[first_block : -(-span.end // size)]
         keys = slice(first - first_block * size, span.end - first_block * size)
