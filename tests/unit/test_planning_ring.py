@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from math import isfinite
 
 import pytest
 
@@ -44,6 +45,17 @@ def test_the_own_links_rate_stands_for_all_until_payloads_differ() -> None:
     links = learn(ring, latency_s=0.06, s_per_byte=16e-8, payloads=[131_072], since_s=0.0)
     assert links.s_per_byte == pytest.approx(16e-8)
     assert links.latency_s == pytest.approx(0.06, rel=0.2)
+
+
+@pytest.mark.parametrize("rate_bytes_per_s", [5e-324, 2.3e-308, 1e-9])
+def test_a_link_that_has_hardly_moved_a_byte_leaves_times_finite(rate_bytes_per_s: float) -> None:
+    ring = RingEstimator(links=2)
+    ring.on_link(rate_bytes_per_s, 0.0)
+    links = ring.links()
+    assert links is not None
+    assert isfinite(links.time_s(10**9))
+    assert links.rate_bytes_per_s is not None
+    assert isfinite(10**9 / links.rate_bytes_per_s)
 
 
 def test_where_nothing_tells_them_apart_no_other_payload_is_believed_to_pay() -> None:

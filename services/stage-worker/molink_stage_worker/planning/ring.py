@@ -22,6 +22,8 @@ _SPREAD = 1.5
 _SLOPE_GAIN = 0.1
 _BUSY = 0.65
 _BUSY_OVER_S = 1.0
+_LEAST_RATE_BYTES_PER_S = 1.0
+"""A slower link is believed to be this fast: a share of a byte in a second is no rate, and its inverse overflows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +76,7 @@ class RingEstimator:
     def on_link(self, rate_bytes_per_s: float | None, round_trip_s: float | None) -> None:
         """What the sender of the head's own link has measured."""
         self._round_trip_s = round_trip_s
-        self._rate_bytes_per_s = rate_bytes_per_s if rate_bytes_per_s is None or rate_bytes_per_s > 0 else None
+        self._rate_bytes_per_s = max(rate_bytes_per_s, _LEAST_RATE_BYTES_PER_S) if rate_bytes_per_s else None
 
     def on_step(self, step: StepObservation, now_s: float, *, is_decode: bool) -> None:
         """A step came back. Only decode steps tell the latency: bulk frames wait for their window."""
