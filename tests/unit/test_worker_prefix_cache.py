@@ -378,6 +378,9 @@ def test_who_lacked_something_takes_nothing_over_again() -> None:
     assert shared.start == 12
     returns(head, second, told={1: 1}, refused=(2,))
     assert head.report().recomputed == 1
+    closing = plan_of(head)
+    assert sequence_id(2) in closing.closes
+    returns(head, closing)
     again = [entry for entry in plan_of(head).entries if entry.sequence == 2]
     assert [entry.start for entry in again] == [0]
     assert not set(again[0].new_blocks) & set(shared.new_blocks[:3])

@@ -4,6 +4,10 @@ A frame of one class may arrive after a frame of the other that was sent later. 
 leaves stay taken until no frame that names them can be on its way: until every step of it, or a later one of the same
 class, has come back. Its close then travels with the next step of each class, so whoever gets such a block gets it
 after the close, whichever class it goes by.
+
+Who comes back itself (after a preemption) waits longer: until a step with its close has come back. If the close and
+the new opening were lost together, a step after them could go on where the former life stood, in blocks that are
+somebody else's now.
 """
 
 from __future__ import annotations
@@ -36,6 +40,8 @@ class Departures:
         """By class, the newest step that came back: none before it is still on its way."""
         self._closes: dict[Traffic, dict[str, int]] = {traffic: {} for traffic in Traffic}
         """By class, what its next step closes, with the step that opened it."""
+        self._closing: dict[str, int] = {}
+        """The same, until such a step has come back."""
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -43,8 +49,12 @@ class Departures:
         return tuple(self._leaving)
 
     def is_leaving(self, number: int) -> bool:
-        """Whether the sequence's former life has not left yet."""
+        """Whether the blocks of the sequence's former life are still taken."""
         return number in self._leaving
+
+    def may_come_back(self, name: str, number: int) -> bool:
+        """Whether every stage has forgotten the sequence's former life."""
+        return number not in self._leaving and name not in self._closing
 
     def has_returned(self, last_steps: Mapping[Traffic, int], *, but: Traffic | None = None) -> bool:
         """Whether nothing of a sequence can be on its way, not looking at class `but`."""
@@ -70,7 +80,7 @@ class Departures:
         """Numbers of the sequences whose blocks are free now."""
         self._returned[traffic] = step
         for name, opened in closes.items():
-            for pending in self._closes.values():
+            for pending in (*self._closes.values(), self._closing):
                 if pending.get(name) == opened:
                     del pending[name]
         return self._let_go()
@@ -96,7 +106,7 @@ class Departures:
 
     def _close(self, leaving: Leaving) -> None:
         if leaving.opened_by is not None:
-            for pending in self._closes.values():
+            for pending in (*self._closes.values(), self._closing):
                 pending[leaving.id] = leaving.opened_by
 
     def _let_go(self) -> list[int]:

@@ -109,8 +109,7 @@ class Residents:
             if needed > self._limits.num_blocks:
                 self.fail(sequence)  # it grew until not even the whole memory holds it
                 continue
-            # its former life must have left the stages before it starts anew, else a token could be drawn twice
-            if self.departures.is_leaving(sequence.number):
+            if not self.departures.may_come_back(sequence.id, sequence.number):
                 return
             known, in_use = self._known(sequence)
             while self._blocks.num_free - (needed - in_use) < len(self.running):
