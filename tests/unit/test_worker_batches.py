@@ -205,10 +205,29 @@ def test_a_result_of_a_stopped_sequence_does_not_reach_another_of_the_same_id() 
     head.add(start(1, prompt=6))
     assert head.next_step() is None
     head.on_tokens(result(old, {}))
+    closing = plan_of(head)
+    assert tuple(closing.closes) == (sequence_id(1),)
+    head.on_tokens(result(closing, {}))
     new = plan_of(head)
-    assert tuple(new.closes) == (sequence_id(1),)
     head.on_tokens(result(new, {}))
     assert shape(plan_of(head)) == [(1, 6, 1, Logits.LAST)]
+
+
+def test_nobody_comes_back_before_a_step_with_the_close_of_its_former_life_has() -> None:
+    head = batcher(micro_batches=2)
+    head.add(start(1, prompt=20))
+    old = plan_of(head)
+    head.on_tokens(result(old, {}))
+    head.stop(sequence_id(1))
+    head.add(start(1, prompt=40))
+    closing = plan_of(head)
+    assert (tuple(closing.closes), closing.entries) == ((sequence_id(1),), ())
+    assert head.next_step() is None, "if the close is lost, a second chunk would go on where the former life stood"
+    head.on_all_lost()
+    closing = plan_of(head)
+    assert (tuple(closing.closes), closing.entries) == ((sequence_id(1),), ())
+    head.on_tokens(result(closing, {}))
+    assert shape(plan_of(head)) == [(1, 0, 16, Logits.NONE)]
 
 
 def test_a_step_of_one_class_says_nothing_about_those_of_the_other() -> None:

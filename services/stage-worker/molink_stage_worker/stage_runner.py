@@ -28,6 +28,7 @@ from molink_stage_worker.compute import StageCompute
 from molink_stage_worker.fence import Drop, Fence
 from molink_stage_worker.head_desk import HeadDesk
 from molink_stage_worker.journal import Journal
+from molink_stage_worker.planning import StepObservation
 from molink_stage_worker.ready_queue import ReadyQueue
 from molink_stage_worker.stage_inlet import StageInlet
 from molink_stage_worker.stage_link import StageLink
@@ -37,6 +38,7 @@ from molink_stage_worker.token_outbox import NO_STEP, TokenOutbox
 log = get_logger("stage")
 
 _STEPS_WAITING = 1024
+_STEPS_UNLEARNT = 4
 _TOO_EARLY_S = 0.002
 _ALL_BACK_S = 0.5
 """After an outage of the broker, clients connect again within about a tenth of a second of each other."""
@@ -97,6 +99,7 @@ class StageRunner:
         self._outbox = TokenOutbox(bus, assignment)
         self._broken: asyncio.Future[None] = self._loop.create_future()
         self._computing = 0
+        self._unlearnt: list[tuple[StepObservation, float]] = []
         self._is_serving = False
         self._is_pausing = False
 
@@ -269,8 +272,17 @@ class StageRunner:
             now_s = self._loop.time()
             observation = self._desk.on_tokens(tokens, now_s)
             self.pump()
-            if observation is not None:  # after the next step has begun: none has to wait for this
-                self._desk.learn(observation, now_s)
+            if observation is not None:
+                self._unlearnt.append((observation, now_s))
+                if not self._computing or len(self._unlearnt) >= _STEPS_UNLEARNT:
+                    self._learn()
+
+    def _learn(self) -> None:
+        """What steps have cost; best while nothing computes, since the compute thread waits for the interpreter."""
+        assert self._desk is not None, "only a head observes"
+        for observation, at_s in self._unlearnt:
+            self._desk.learn(observation, at_s)
+        self._unlearnt.clear()
 
     def _on_lost(self, step: int) -> None:
         if self._desk is not None and self._is_serving:
@@ -360,7 +372,12 @@ class StageRunner:
             self._account_for(result)
         if self._desk is not None:
             # the link's task runs in the next turn of the loop, and its socket is written to at the end of that
-            self._loop.call_soon(self._loop.call_soon, self.pump)
+            self._loop.call_soon(self._loop.call_soon, self._go_on_computing)
+
+    def _go_on_computing(self) -> None:
+        self.pump()
+        if not self._computing:
+            self._learn()
 
     def _break(self, error: BaseException) -> None:
         if not self._broken.done():
