@@ -20,6 +20,7 @@ from molink_scheduler.placement import (
     is_worth_moving,
     place,
 )
+from molink_scheduler.placement_pipelines import EXACT_UP_TO
 from tests.scheduler_builders import make_card
 
 
@@ -153,7 +154,8 @@ def test_small_pools_are_placed_as_well_as_by_brute_force(dice: random.Random, w
 @settings(max_examples=60, deadline=None)
 def test_a_little_noise_moves_nothing(dice: random.Random, workers: int, sites: int) -> None:
     card = random_card(dice, num_layers=dice.randint(4, 40))
-    pool = random_pool(dice, card, workers=workers, sites=sites)
+    # in an order of more workers than that, slow links are where chance puts them
+    pool = random_pool(dice, card, workers=workers, sites=sites, measured=workers <= EXACT_UP_TO)
     before = place(card, pool, dtype=DTYPE, settings=SETTINGS)
     noisy = [
         replace(one, parameters_per_s=one.parameters_per_s and one.parameters_per_s * dice.uniform(0.97, 1.03))

@@ -119,6 +119,18 @@ def test_a_link_that_would_be_the_bottleneck_is_gone_around() -> None:
     assert [s.worker for s in placed([*pool, worker("w2")]).pipelines[0].stages].index("w2") == 1
 
 
+def test_it_is_gone_around_in_a_large_pool_too() -> None:
+    narrow = tuple(Link(peer=f"w{index}", round_trip_s=0.001, bytes_per_s=1e5) for index in range(1, 3))
+    # four fast ones make up the pipeline, of which w0 gets on with w3 only
+    pool = [worker(f"w{index}", 100e9) for index in range(4)] + [worker(f"s{index}", 1e9) for index in range(6)]
+    pool[0] = replace(pool[0], links=narrow)
+    placement = placed(pool)
+    times = Forecast(large_card(), pool, dtype=BF16)
+    without = [replace(one, links=()) for one in pool]
+    unhindered = Forecast(large_card(), without, dtype=BF16).bottleneck_s(placed(without).pipelines[0])
+    assert times.bottleneck_s(placement.pipelines[0]) <= 1.5 * unhindered
+
+
 def test_workers_are_held_back_where_the_model_fits_without_them() -> None:
     pool = [worker("a", 10e9), worker("b", 12e9), worker("c", 14e9)]
     placement = placed(pool, hold_back=1)

@@ -4,7 +4,7 @@ Layers are mostly alike, so that for a given time a worker is worth a number of 
 of the workers that are worth most. Only the ends differ: the head also holds the embedding, the tail also holds and
 computes the output head; they go to workers that lose the fewest layers by it. As for small pools: the smallest
 bottleneck; within `TOLERANCE` the fewest sites, each entered once, then ample KV room, then the fewest stages.
-Measured links are not weighed.
+Measured links are not weighed; see `placement_pipelines` for what is done about slow ones.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 from molink_scheduler import placement_large, placement_search
 from molink_scheduler.placement_cut import cut
@@ -13,6 +14,8 @@ from molink_scheduler.placement_values import LayerMap, PlacedStage, PlacementSe
 
 EXACT_UP_TO = 8
 """Workers whose subsets and orders are all searched; each one more costs two and a half times as much."""
+_LINKS_MUST_GAIN = 1.05
+"""By how much an order that heeds measured links must be faster than one that does not."""
 _DIVIDING_MUST_GAIN = 1.05
 """By how much pipelines of parts of the pool must be faster than one and what it leaves over."""
 
@@ -69,9 +72,31 @@ class Planner:
         return None
 
     def _find(self, pool: Sequence[Candidate], least: int, most: int) -> Found | None:
-        if len(pool) > EXACT_UP_TO:
-            return placement_large.find_order(self._sizes, pool, least_stages=least, most_stages=most)
-        return placement_search.find_order(self._sizes, self._roads, pool, least_stages=least, most_stages=most)
+        if len(pool) <= EXACT_UP_TO:
+            return placement_search.find_order(self._sizes, self._roads, pool, least_stages=least, most_stages=most)
+        found = placement_large.find_order(self._sizes, pool, least_stages=least, most_stages=most)
+        return None if found is None else self._around_slow_links(found, pool, least, most)
+
+    def _around_slow_links(self, found: Found, pool: Sequence[Candidate], least: int, most: int) -> Found:
+        """The search of large pools does not weigh links: search its workers, and the fastest others, exactly."""
+        order, _ = found
+        slowest_s = self._slowest_s(found)
+        if len(order) > EXACT_UP_TO or slowest_s > self._slowest_s(found, with_links=True) / _LINKS_MUST_GAIN:
+            return found
+        others = sorted((one for one in pool if one not in order), key=lambda one: one.pace.parameter_s)
+        few = [*order, *others[: EXACT_UP_TO - len(order)]]
+        exact = placement_search.find_order(
+            self._sizes, self._roads, few, least_stages=least, most_stages=min(most, len(few))
+        )
+        assert exact is not None, "the order that was found does"
+        is_better = _LINKS_MUST_GAIN * self._slowest_s(exact, with_links=True) < self._slowest_s(found, with_links=True)
+        return exact if is_better else found
+
+    def _slowest_s(self, found: Found, *, with_links: bool = False) -> float:
+        order, allowed_s = found
+        stages_s = self._sizes.slowest_s(order, cut(self._sizes, order, allowed_s))
+        links_s = [self._roads.step_s(a.offer, b.offer) for a, b in pairwise(order)] if with_links else []
+        return max([stages_s, *links_s])
 
     def _layer_map(self, found: Found) -> LayerMap:
         order, allowed_s = found
