@@ -10,7 +10,7 @@ ARGS ?=
 TORCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help up down test test-api test-clients test-compose lint check bench links soak load-curve fairness faults clean
+.PHONY: help up down test test-deep test-api test-clients test-compose lint check bench links soak load-curve fairness faults clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,6 +23,12 @@ down: ## stop what `make up` started; ARGS="--port 8100"
 
 test: $(VENV)/.has-dev ## run every test; ARGS="tests/unit -k lock"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+test-deep: $(VENV)/.has-dev ## the property tests with new random examples, ten times; ROUNDS=50
+	@for round in $$(seq $(or $(ROUNDS),10)); do \
+		echo "round $$round of $(or $(ROUNDS),10)"; \
+		OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/property --hypothesis-profile=new $(ARGS) || exit 1; \
+	done
 
 test-api: $(VENV)/.has-dev ## schemathesis tries /openapi.json on a real system for five minutes; ARGS="--seconds 60"
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.api.run $(ARGS)
