@@ -54,7 +54,9 @@ def _save(results: Sequence[dict[str, Any]], title: str, file: Path) -> None:
     last.set_xscale("log", base=2)
     last.set_xlim(counts[0] / 1.5, counts[-1] * 1.5)
     last.set_xticks(counts, [str(count) for count in counts])
-    axes[0][0].legend()
+    # a policy may have been measured on some links only
+    lines = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    axes[0][0].legend(lines.values(), lines.keys())
     figure.savefig(file, dpi=120)
 
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import combinations
 
 from molink_common.errors import SettingsError
 
@@ -147,6 +148,13 @@ class Topology:
         for name, server in servers.items():
             if server.hub is not None and server.hub not in centre:
                 raise TopologyError(f"the NATS server on {name} is a leaf of {server.hub}, which has none to join")
+
+    @property
+    def is_mesh_of_one_kind(self) -> bool:
+        """Whether any two hosts are joined, all in the same way, and each has a NATS server: no place is special."""
+        pairs = {frozenset(pair) for pair in combinations((host.name for host in self.hosts), 2)}
+        has_servers = all(host.nats is not None for host in self.hosts)
+        return has_servers and set(self.links) == pairs and len(set(self.links.values())) == 1
 
     def host(self, name: str) -> Host:
         """The host of that name.

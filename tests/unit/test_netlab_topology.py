@@ -152,6 +152,14 @@ def test_hosts_of_a_mesh_have_direct_routes_and_those_of_a_chain_go_through_the_
     assert LabPlan(number=3, topology=chain).routes("c") == [Route(to="b", through="b"), Route(to="a", through="b")]
 
 
+def test_in_a_mesh_of_one_kind_no_place_is_special() -> None:
+    mesh = three_hosts(WAN)
+    assert mesh.is_mesh_of_one_kind
+    assert not replace(mesh, links={**mesh.links, frozenset("ab"): None}).is_mesh_of_one_kind
+    assert not replace(mesh, links={frozenset("ab"): WAN, frozenset("bc"): WAN}).is_mesh_of_one_kind
+    assert not two_hosts(WAN).is_mesh_of_one_kind, "only one of them has a NATS server"
+
+
 def test_names_and_addresses_of_two_laboratories_differ() -> None:
     one, other = (LabPlan(number=number, topology=two_hosts(WAN)) for number in (1, 12))
     assert one.namespace("b") == "ml-1-b"

@@ -1,0 +1,135 @@
+"""What two stages reach with nothing around them: the yardstick between a bound on paper and the whole system.
+
+    python -m bench.bare_ring                                       synthetic 70B, 100 Mbit/s and 30 ms
+    python -m bench.bare_ring --links lan,100m30 --engine real --json
+
+A loop that somebody might write for this one machine, link and load: two processes, one TCP connection, a fixed number
+of micro-batches that go round and round. The engines are the system's own, links and load those of `bench.links`
+(prompts of 32 tokens, answers of 64, closed loops). There are no services, no broker, no HTTP, no prompts that come
+when they like, no recovery; the best of several numbers of micro-batches counts. It needs what the laboratory needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import sys
+from collections.abc import AsyncIterator
+from functools import partial
+from typing import Any
+
+from bench import bounds
+from bench.bare_ring_end import ANSWER_TOKENS, PROMPT_TOKENS
+from bench.cost_curve import CostCurve
+from bench.link_grid.cells import EngineKind, link_of
+from bench.netlab.lab import Lab, open_lab
+from bench.netlab.registry import LabError
+from bench.netlab.topology import two_hosts
+from bench.timed_stage import HIDDEN_SIZE, NUM_LAYERS
+
+_PORT = "9903"
+_START_S = 60.0
+
+
+async def main(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for link in arguments.links:
+        async with open_lab(two_hosts(link_of(link))) as lab:
+            found = [case async for case in _cases(lab, arguments)]
+        for streams in arguments.concurrency:
+            of_it = [case for case in found if case["streams"] == streams]
+            best = max(of_it, key=lambda case: case["tokens_per_s"])
+            row = {"link": link, **best, "all": {case["micro_batches"]: case["tokens_per_s"] for case in of_it}}
+            if arguments.engine is EngineKind.SYNTHETIC:
+                row["bound_ratio"] = round(best["tokens_per_s"] / _bound(link, streams), 3)
+            print("  ".join(f"{name} {value}" for name, value in row.items()), file=sys.stderr, flush=True)
+            rows.append(row)
+    return rows
+
+
+async def _cases(lab: Lab, arguments: argparse.Namespace) -> AsyncIterator[dict[str, Any]]:
+    cases = [
+        f"{streams}:{count}"
+        for streams in arguments.concurrency
+        for count in arguments.micro_batches
+        if count <= streams
+    ]
+    words = (lab.link_address("b"), str(arguments.warm_s), str(arguments.seconds), ",".join(cases))
+    async with _end(lab, "b", "tail", arguments.engine) as tail:
+        await _line(tail)
+        async with _end(lab, "a", "head", arguments.engine, *words) as head:
+            for _ in cases:
+                yield json.loads(await _line(head, arguments.warm_s + arguments.seconds))
+
+
+@contextlib.asynccontextmanager
+async def _end(
+    lab: Lab, host: str, role: str, kind: EngineKind, *words: str
+) -> AsyncIterator[asyncio.subprocess.Process]:
+    argv = [sys.executable, "-m", "bench.bare_ring_end", role, kind, _PORT, *words]
+    process = await asyncio.create_subprocess_exec(
+        *lab.command(host, argv), stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+async def _line(process: asyncio.subprocess.Process, more_s: float = 0.0) -> bytes:
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(_START_S + more_s):
+            line = await process.stdout.readline()
+    except TimeoutError:
+        line = b""
+    if not line:
+        raise LabError("an end of the bare ring failed or does not end; what it said stands above")
+    return line
+
+
+def _bound(link: str, streams: int) -> float:
+    """Of the timed stages, as `bench.links` has it."""
+    spec = link_of(link)
+    cost = partial(_timed_s, CostCurve())
+    rate = None if spec is None else bounds.payload_bytes_per_s(spec.rate_bit_per_s, spec.mtu_bytes)
+    one_way_s = 0.0 if spec is None else spec.round_trip_s / 2
+    pipeline = bounds.PipelineBound(
+        stages=(cost, cost),
+        links=(bounds.LinkBound(rate_bytes_per_s=rate, one_way_s=one_way_s),),
+        return_s=one_way_s,
+        bytes_a_token=HIDDEN_SIZE * 2,
+    )
+    load = bounds.Load(
+        sequences=streams,
+        context_tokens=PROMPT_TOKENS + ANSWER_TOKENS / 2,
+        prompt_share=(PROMPT_TOKENS - 1) / ANSWER_TOKENS,
+    )
+    return bounds.best(pipeline, load).tokens_per_s
+
+
+def _timed_s(curve: CostCurve, tokens: float, _sequences: float, context_tokens: float) -> float:
+    return curve.step_s(layers=NUM_LAYERS // 2, tokens=tokens, context_tokens=context_tokens)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--links", type=lambda text: text.split(","), default=["100m30"])
+    parser.add_argument("--engine", type=EngineKind, choices=list(EngineKind), default=EngineKind.SYNTHETIC)
+    parser.add_argument("--concurrency", type=_numbers, default=[1, 8, 32, 64])
+    parser.add_argument("--micro-batches", type=_numbers, default=[1, 2, 3, 4, 6])
+    parser.add_argument("--warm-s", type=float, default=2.0)
+    parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    chosen = parser.parse_args()
+    result = asyncio.run(main(chosen))
+    if chosen.json:
+        print(json.dumps({"engine": chosen.engine, "rows": result}))
