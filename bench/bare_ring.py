@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import sys
 from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import Any
 
@@ -64,20 +64,10 @@ async def _cases(lab: Lab, arguments: argparse.Namespace) -> AsyncIterator[dict[
                 yield json.loads(await _line(head, arguments.warm_s + arguments.seconds))
 
 
-@contextlib.asynccontextmanager
-async def _end(
+def _end(
     lab: Lab, host: str, role: str, kind: EngineKind, *words: str
-) -> AsyncIterator[asyncio.subprocess.Process]:
-    argv = [sys.executable, "-m", "bench.bare_ring_end", role, kind, _PORT, *words]
-    process = await asyncio.create_subprocess_exec(
-        *lab.command(host, argv), stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE
-    )
-    try:
-        yield process
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.communicate()
+) -> AbstractAsyncContextManager[asyncio.subprocess.Process]:
+    return lab.program(host, [sys.executable, "-m", "bench.bare_ring_end", role, kind, _PORT, *words])
 
 
 async def _line(process: asyncio.subprocess.Process, more_s: float = 0.0) -> bytes:

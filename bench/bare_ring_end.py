@@ -11,6 +11,7 @@ and a thread receives, so that a step is on its way while the next one is comput
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import socket
@@ -45,27 +46,40 @@ Message = tuple[Any, bytearray]
 
 
 class Line:
-    """A connection that neither sending nor receiving blocks."""
+    """A connection that neither sending nor receiving blocks. Leaving it closes the connection."""
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.settimeout(None)
         self._connection = connection
-        self._outgoing: queue.SimpleQueue[tuple[bytes, bytes]] = queue.SimpleQueue()
+        self._outgoing: queue.SimpleQueue[tuple[bytes, bytes] | None] = queue.SimpleQueue()
         self.incoming: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         """None: the other end has gone."""
-        for work in (self._send, self._receive):
-            threading.Thread(target=work, daemon=True).start()
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._send, self._receive)]
+
+    def __enter__(self) -> Line:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._outgoing.put(None)
+        with contextlib.suppress(OSError):  # the other end was first
+            self._connection.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join()
+        self._connection.close()
 
     def send(self, said: Any, hidden: memoryview | bytes = b"") -> None:
         """`hidden` may be used again at once."""
         self._outgoing.put((json.dumps(said).encode(), bytes(hidden)))
 
     def _send(self) -> None:
-        while True:
-            said, hidden = self._outgoing.get()
-            self._connection.sendall(_SIZES.pack(len(said), len(hidden)) + said)
-            self._connection.sendall(hidden)
+        with contextlib.suppress(OSError):  # the other end has gone: receiving says so
+            while (message := self._outgoing.get()) is not None:
+                said, hidden = message
+                self._connection.sendall(_SIZES.pack(len(said), len(hidden)) + said)
+                self._connection.sendall(hidden)
 
     def _receive(self) -> None:
         while (sizes := self._read(_SIZES.size)) is not None:
@@ -80,7 +94,10 @@ class Line:
         data = bytearray(size)
         rest = memoryview(data)
         while rest:
-            read = self._connection.recv_into(rest)
+            try:
+                read = self._connection.recv_into(rest)
+            except OSError:
+                read = 0
             if not read:
                 return None
             rest = rest[read:]
@@ -105,18 +122,16 @@ def _spec(checkpoint: Any, num_layers: int, is_head: bool) -> StageSpec:
     )  # fmt: skip
 
 
-def tail(engine: Engine, port: int) -> None:
-    """Compute what comes until the head goes."""
-    with socket.create_server(("0.0.0.0", port)) as listener:
-        listener.settimeout(_LISTEN_S)
-        print("listening", flush=True)
-        connection, _ = listener.accept()
-    line = Line(connection)
-    while (message := line.incoming.get()) is not None:
-        (rows, closes), hidden = message
-        found = engine.run([_entry(row) for row in rows], closes, hidden=memoryview(hidden))
-        assert found.logits_RV is not None
-        line.send(found.logits_RV.numpy().argmax(axis=1).tolist() if rows else [])
+def tail(engine: Engine, listener: socket.socket) -> None:
+    """Compute what the first who connects sends, until it goes."""
+    listener.settimeout(_LISTEN_S)
+    connection, _ = listener.accept()
+    with Line(connection) as line:
+        while (message := line.incoming.get()) is not None:
+            (rows, closes), hidden = message
+            found = engine.run([_entry(row) for row in rows], closes, hidden=memoryview(hidden))
+            assert found.logits_RV is not None
+            line.send(found.logits_RV.numpy().argmax(axis=1).tolist() if rows else [])
 
 
 def _entry(row: Sequence[int]) -> Entry:
@@ -197,11 +212,13 @@ def _main() -> None:
     engine = load(EngineKind(kind), is_head=role == "head")
     spare_what_lives()
     if role == "tail":
-        tail(engine, int(port))
+        with socket.create_server(("0.0.0.0", int(port))) as listener:
+            print("listening", flush=True)
+            tail(engine, listener)
         return
     address, warm_s, seconds, cases = words
-    with socket.create_connection((address, int(port)), timeout=_LISTEN_S) as connection:
-        head = Head(engine, Line(connection))
+    with Line(socket.create_connection((address, int(port)), timeout=_LISTEN_S)) as line:
+        head = Head(engine, line)
         for case in cases.split(","):
             streams, micro_batches = map(int, case.split(":"))
             print(json.dumps(head.run(streams, micro_batches, float(warm_s), float(seconds))), flush=True)

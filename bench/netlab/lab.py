@@ -56,6 +56,22 @@ class Lab:
         """`argv`, run on a host. The process is the command itself: signals reach it."""
         return ["ip", "netns", "exec", self._plan.namespace(self.topology.host(host).name), *argv]
 
+    @contextlib.asynccontextmanager
+    async def program(
+        self, host: str, argv: Sequence[str], *, stderr: int | None = None
+    ) -> AsyncIterator[asyncio.subprocess.Process]:
+        """`argv` at `host`, its output in a pipe; killed when left. `stderr` None goes where our own goes."""
+        process = await asyncio.create_subprocess_exec(
+            *self.command(host, argv), stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
+            stderr=stderr, start_new_session=True,
+        )  # fmt: skip
+        try:
+            yield process
+        finally:
+            if process.returncode is None:
+                process.kill()
+            await process.communicate()
+
     def address(self, host: str) -> str:
         """Where this process reaches a host, without crossing a link. Other hosts have no way there."""
         return self._plan.management_address(host)

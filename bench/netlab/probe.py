@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import statistics
 import sys
-from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,21 +94,8 @@ def _cpu_s(lab: Lab, source: str, target: str) -> float | None:
     return lab.emulator_cpu_s(source, target) if is_one_link else None
 
 
-@contextlib.asynccontextmanager
-async def _end(lab: Lab, host: str, *words: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    process = await asyncio.create_subprocess_exec(
-        *lab.command(host, [sys.executable, "-I", "-S", str(_END), *words]),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.communicate()
+def _end(lab: Lab, host: str, *words: str) -> AbstractAsyncContextManager[asyncio.subprocess.Process]:
+    return lab.program(host, [sys.executable, "-I", "-S", str(_END), *words], stderr=asyncio.subprocess.PIPE)
 
 
 async def _last_word(process: asyncio.subprocess.Process) -> dict[str, Any]:
