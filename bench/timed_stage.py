@@ -18,7 +18,7 @@ import torch
 from bench.cost_curve import CostCurve
 from molink_common.errors import ProtocolError
 from molink_common.messages import Dtype, ModelCard
-from molink_common.wire import Entry, Logits
+from molink_common.wire import Entry
 from molink_stage_worker.engine.interface import Progress, StageSpec, StepOutput
 from molink_stage_worker.models import prepare as prepare_model
 from molink_stage_worker.models.cache import Progress as Told
@@ -179,15 +179,8 @@ def letters(entries: Sequence[Entry]) -> list[int]:
     """The token behind each token of which logits are wanted: a function of sequence and position."""
     chosen: list[int] = []
     for entry in entries:
-        end = entry.start + entry.count
-        match entry.logits:
-            case Logits.NONE:
-                continue
-            case Logits.LAST:
-                positions = range(end - 1, end)
-            case Logits.ALL:
-                positions = range(entry.start, end)
-        chosen += [FIRST_LETTER + (entry.sequence * 7 + position * 11) % NUM_LETTERS for position in positions]
+        seed = entry.sequence * 7
+        chosen += [FIRST_LETTER + (seed + position * 11) % NUM_LETTERS for position in entry.places_with_logits]
     return chosen
 
 

@@ -17,7 +17,7 @@ from bench.timed_worker_flags import curve_flags
 
 LAN = "lan"
 _LINK = re.compile(r"(\d+)(m|g)(\d+)")
-_POLICY = re.compile(r"(adaptive|plain|published)(?::(\d+))?(?:\+(lossless|int8))?")
+_POLICY = re.compile(r"(adaptive|plain|published)(?::(\d+))?(?:\+(lossless|int8))?(\+lookup)?")
 MAX_RUNNING = 160
 """At the head: every stream and every newcomer, so that nobody waits for a place."""
 
@@ -50,13 +50,16 @@ class Setup:
     """``lan``, or rate and round trip: ``1g2`` is 1 Gbit/s and 2 ms, ``100m30`` is 100 Mbit/s and 30 ms."""
     policy: str
     """``adaptive``, ``plain``, ``published``; ``adaptive:4`` for a fixed number of micro-batches, ``adaptive+int8`` for
-    a codec on the links."""
+    a codec on the links, ``adaptive+lookup`` with speculation."""
 
     def __post_init__(self) -> None:
         if self.stages not in (2, 3):
             raise ValueError(f"{self.stages} stages; there are topologies for 2 and 3")
         if _POLICY.fullmatch(self.policy) is None:
-            raise ValueError(f"policy {self.policy!r}; it is adaptive, plain or published, adaptive:4 or adaptive+int8")
+            raise ValueError(
+                f"policy {self.policy!r}; it is adaptive, plain or published, adaptive:4, adaptive+int8 or "
+                "adaptive+lookup"
+            )
         link_of(self.link)
 
     @property
@@ -70,7 +73,7 @@ class Setup:
         found = _POLICY.fullmatch(self.policy)
         assert found is not None, "checked at birth"
         flags = ["--scheduling", found[1], "--micro-batches", found[2] or "auto"]
-        flags += ["--link-codec", found[3] or "raw"]
+        flags += ["--link-codec", found[3] or "raw", "--speculation", "lookup" if found[4] else "off"]
         flags += ["--ttft-target-s", "0"]  # the load is what the cell says, whatever the first tokens wait
         return flags + (["--dtype", "bfloat16"] if self.engine is EngineKind.SYNTHETIC else [])
 

@@ -58,6 +58,23 @@ def prompts_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Planner, "plan", lambda *_: plan)
 
 
+@pytest.mark.parametrize("num_stages", [1, 3])
+async def test_speculation_gives_the_same_tokens_in_fewer_steps(
+    pool: Pool, num_stages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = BatchPlan(micro_batches=2, chunk_tokens=5, chunks_under_way=1, separate_prefill=False, draft_price=0.0)
+    monkeypatch.setattr(Planner, "plan", lambda *_: plan)
+    async with pool.workers(num_stages) as names:
+        await pool.form(names, num_blocks=120)
+        prompts = [[number + 1] * (3 + 5 * number) for number in range(4)]
+        sequences = [await pool.start(names[0], prompt, 80) for prompt in prompts]
+        await pool.until(lambda: all(sequence in pool.finishes for sequence in sequences), 30)
+        assert [pool.tokens[one] for one in sequences] == [expected_text(prompt, 80) for prompt in prompts]
+        report = await pool.until_idle(names[0], 120)
+        assert report.drafted_tokens > report.accepted_tokens > 20
+        assert all(not engine_of(pool, name).known for name in names)
+
+
 @pytest.mark.usefixtures("prompts_apart")
 async def test_decode_and_prompts_in_steps_of_their_own_give_the_same_tokens(pool: Pool) -> None:
     async with pool.workers(3) as names:

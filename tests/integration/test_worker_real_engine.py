@@ -12,8 +12,10 @@ import torch
 from molink.embedded import EmbeddedServer
 from molink_common.bus import NatsBus
 from molink_common.messages import Done, ModelCard
+from molink_stage_worker.batch_plan import BatchPlan
 from molink_stage_worker.engine.interface import Engine, Progress, StageSpec
 from molink_stage_worker.engine.loading import load_engine
+from molink_stage_worker.planning.planner import Planner
 from molink_stage_worker.stage_loading import Told
 from tests.architectures.tiny_models import NUM_LAYERS, VOCABULARY_SIZE, make_tiny_model
 from tests.integration.worker_pool import open_pool
@@ -56,6 +58,33 @@ def whole(model: Any, prompt: list[int]) -> list[int]:
     output = model.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False)
     tokens: list[int] = output[0, len(prompt) :].tolist()
     return tokens
+
+
+@pytest.fixture
+def everything_is_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = BatchPlan(micro_batches=2, chunk_tokens=16, chunks_under_way=1, separate_prefill=False, draft_price=0.0)
+    monkeypatch.setattr(Planner, "plan", lambda *_: plan)
+
+
+@pytest.mark.usefixtures("everything_is_guessed")
+@pytest.mark.parametrize("num_stages", [1, 2, 3])
+async def test_guesses_change_no_text(
+    bus: NatsBus, nats_server: EmbeddedServer, tmp_path: Path, num_stages: int
+) -> None:
+    torch.set_num_threads(1)
+    reference = make_tiny_model("llama", tmp_path)
+    model = TinyModel(tmp_path, card_of(reference.config))
+    prompts = [[5, 9, 17 + number, 40] * (2 + number) for number in range(5)]
+    async with (
+        open_pool(bus, nats_server.url, 9_000_020 + num_stages, model, load_engine, BLOCK) as pool,
+        pool.workers(num_stages) as names,
+    ):
+        await pool.form(names, num_blocks=32)
+        sequences = [await pool.start(names[0], prompt, NEW_TOKENS) for prompt in prompts]
+        await pool.until(lambda: all(sequence in pool.finishes for sequence in sequences), 30)
+        assert [pool.tokens[one] for one in sequences] == [whole(reference, prompt) for prompt in prompts]
+        report = await pool.until_idle(names[0], 32)
+        assert report.drafted_tokens > report.accepted_tokens >= 0
 
 
 @pytest.mark.parametrize(("family", "num_stages"), [("llama", 1), ("llama", 2), ("llama", 3), ("bloom", 2)])

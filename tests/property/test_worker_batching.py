@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
@@ -38,7 +39,8 @@ def make_start(
 
 
 def token_of(number: int, index: int) -> int:
-    return (number * 31 + index * 7) % 1000
+    """Two in turn, for longer and longer: a guess is right now and then."""
+    return number * 31 % 1000 + index * index // 3 % 2
 
 
 class Stages:
@@ -51,6 +53,10 @@ class Stages:
         self.holes = 0
         self.tables: dict[int, list[int]] = {}
         self.lengths: dict[int, int] = {}
+        self.guessed: dict[int, int] = {}
+        """By sequence, of how many tokens it is not certain that they are its."""
+        self.verified = Counter[bool]()
+        """How many guesses were right, and how many wrong."""
         self.generated: dict[str, int] = {}
         self.most: dict[str, int] = {}
         self.texts: dict[int, list[int]] = {}
@@ -89,28 +95,43 @@ class Stages:
                 self.stale.discard(entry.sequence)
                 self.check_opening(entry)
             else:
-                assert entry.start == self.lengths[entry.sequence], "positions are not contiguous"
+                length = self.lengths[entry.sequence]
+                certain = length - self.guessed[entry.sequence]
+                assert certain <= entry.start <= length, "positions are not contiguous"
                 assert entry.sequence not in self.stale, "it goes on after its end"
             self.lengths[entry.sequence] = entry.start
             self.tables[entry.sequence].extend(entry.new_blocks)
             self.lengths[entry.sequence] += entry.count
+            guesses = plan.drafts.get(sequence_id(entry.sequence), ())
+            self.guessed[entry.sequence] = len(guesses)
+            assert (entry.logits is Logits.DRAFTS) == bool(guesses)
             assert len(self.tables[entry.sequence]) * self.limits.block_size >= self.lengths[entry.sequence]
             self.fill(entry, plan.token_ids[token_at : token_at + entry.count])
             token_at += entry.count
-            name, end = sequence_id(entry.sequence), entry.start + entry.count
+            name, end = sequence_id(entry.sequence), entry.start + entry.count - len(guesses)
             if entry.logits is Logits.ALL:
                 self.untold[name].difference_update(range(entry.start + 1, end + 1))
             if entry.logits is not Logits.NONE and end == len(self.texts[entry.sequence]):
                 assert not self.untold[name], "a token before all of its prompt was told"
-                index = self.generated[name]
-                self.texts[entry.sequence].append(token_of(entry.sequence, index))
-                self.generated[name] += 1
-                finish = FinishReason.LENGTH if index + 1 == self.most[name] else None
-                events.append(
-                    TokenEvent(sequence=name, index=index, token=token_of(entry.sequence, index), finish=finish)
-                )
+                events += self.sample(entry.sequence, guesses)
         self.check_blocks()
         return StepTokens(pipeline=1, epoch=1, step=plan.step, events=tuple(events))
+
+    def sample(self, number: int, guesses: tuple[int, ...]) -> Iterator[TokenEvent]:
+        """A token, and one more for each guess that is right."""
+        name = sequence_id(number)
+        for guess in (*guesses, None):
+            index = self.generated[name]
+            token = token_of(number, index)
+            self.texts[number].append(token)
+            self.generated[name] += 1
+            finish = FinishReason.LENGTH if index + 1 == self.most[name] else None
+            yield TokenEvent(sequence=name, index=index, token=token, finish=finish)
+            assert finish is None or guess is None, "a guess behind the end"
+            if guess is not None:
+                self.verified[token == guess] += 1
+            if token != guess:
+                return
 
     def lose(self, plan: StepPlan) -> None:
         """A step never arrives."""
@@ -133,6 +154,7 @@ PLANS = st.builds(
     chunk_tokens=st.integers(1, 9),
     chunks_under_way=st.integers(1, 3),
     separate_prefill=st.booleans(),
+    draft_price=st.sampled_from((None, 0.0, 0.2)),
 )
 
 
@@ -156,7 +178,7 @@ class BatchingMachine(RuleBasedStateMachine):
 
     @rule(
         prompt=st.integers(1, 22),
-        new=st.integers(1, 8),
+        new=st.integers(1, 14),
         given=st.integers(0, 3),
         tenant=st.sampled_from(("a", "b", "c")),
         priority=st.integers(-1, 1),
@@ -314,14 +336,16 @@ def test_the_allocator_never_loses_or_doubles_a_block(moves: list[tuple[int, int
     st.integers(1, 4),
     st.integers(1, 20),
     st.booleans(),
+    st.sampled_from((None, 0.0, 0.2)),
 )
 def test_without_trouble_every_sequence_gets_all_its_tokens(
-    wishes: list[tuple[int, int]], most: int, chunk: int, separate: bool
+    wishes: list[tuple[int, int]], most: int, chunk: int, separate: bool, price: float | None
 ) -> None:
     limits = BatchLimits(num_blocks=64, block_size=4, step_tokens=16, max_running=8)
     plan = BatchPlan(
-        micro_batches=most, chunk_tokens=chunk, chunks_under_way=3, separate_prefill=separate, along_tokens=chunk
-    )
+        micro_batches=most, chunk_tokens=chunk, chunks_under_way=3, separate_prefill=separate, along_tokens=chunk,
+        draft_price=price,
+    )  # fmt: skip
     batcher, stages = Batcher(limits, plan), Stages(limits)
     for number, (prompt, new) in enumerate(wishes):
         batcher.add(make_start(number, prompt, new))
@@ -347,3 +371,23 @@ def test_without_trouble_every_sequence_gets_all_its_tokens(
         assert got[sequence_id(number)] == [token_of(number, index) for index in range(new)]
     assert batcher.sequences == ()
     assert not stages.holes, "a step overtook one that it builds on"
+
+
+def test_guesses_save_steps() -> None:
+    steps = {}
+    for price in (None, 0.0):
+        limits = BatchLimits(num_blocks=64, block_size=4, step_tokens=16, max_running=8)
+        plan = BatchPlan(
+            micro_batches=1, chunk_tokens=16, chunks_under_way=1, separate_prefill=False, draft_price=price
+        )
+        batcher, stages = Batcher(limits, plan), Stages(limits)
+        batcher.add(make_start(1, 3, 60))
+        steps[price] = 0
+        while (step := batcher.next_step()) is not None:
+            batcher.on_tokens(stages.run(step))
+            batcher.check_invariants()
+            steps[price] += 1
+        assert stages.verified[True] == batcher.report().accepted_tokens
+        assert stages.verified[True] + stages.verified[False] <= batcher.report().drafted_tokens
+    assert stages.verified[True] > 20
+    assert steps[0.0] == steps[None] - stages.verified[True]

@@ -91,7 +91,7 @@ class RebuildMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        plan = BatchPlan(micro_batches=2, chunk_tokens=5, chunks_under_way=2, separate_prefill=True)
+        plan = BatchPlan(micro_batches=2, chunk_tokens=5, chunks_under_way=2, separate_prefill=True, draft_price=0.0)
         self.batcher = Batcher(self.limits, plan)
         self.stages = [Stage(index, 1 << 20) for index in range(NUM_STAGES)]
         self.epoch = 1
@@ -127,11 +127,12 @@ class RebuildMachine(RuleBasedStateMachine):
         self.batcher.stop(name)
         del self.prompts[name]
 
-    @rule(chunk=st.integers(1, 8), separate=st.booleans(), micro_batches=st.integers(1, 3))
-    def plan_anew(self, chunk: int, separate: bool, micro_batches: int) -> None:
+    @rule(chunk=st.integers(1, 8), separate=st.booleans(), micro_batches=st.integers(1, 3), guesses=st.booleans())
+    def plan_anew(self, chunk: int, separate: bool, micro_batches: int, guesses: bool) -> None:
         self.batcher.plan = BatchPlan(
-            micro_batches=micro_batches, chunk_tokens=chunk, chunks_under_way=2, separate_prefill=separate
-        )
+            micro_batches=micro_batches, chunk_tokens=chunk, chunks_under_way=2, separate_prefill=separate,
+            draft_price=0.0 if guesses else None,
+        )  # fmt: skip
 
     @rule()
     def step(self) -> None:
@@ -261,7 +262,7 @@ def storm(machine: RebuildMachine, dice: random.Random) -> None:
             case "stop" if machine.batcher.sequences:
                 machine.stop(dice.randrange(8))
             case "plan":
-                machine.plan_anew(dice.randint(1, 8), dice.random() < 0.7, dice.randint(1, 3))
+                machine.plan_anew(dice.randint(1, 8), dice.random() < 0.7, dice.randint(1, 3), dice.random() < 0.6)
             case "step":
                 machine.step()
             case "steps":

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from molink_common.messages import PipelinePolicy, Scheduling
+from molink_common.messages import PipelinePolicy, Scheduling, Speculation
 from molink_common.wire import MAX_STEP_TOKENS, Traffic
 from molink_stage_worker.batch_plan import BatchPlan
 from molink_stage_worker.planning import Demand, Planner, StepObservation
@@ -194,3 +194,29 @@ def test_sizes_of_chunks() -> None:
     assert grid(64) == [16, 20, 24, 28, 32, 40, 48, 56, 64]
     assert grid(8) == [8]
     assert grid(100)[-1] == 100
+
+
+def price_of(planner: Planner, decoding: int, window: float = 1.0) -> float | None:
+    planner.on_link(12.5e6, 0.03)
+    now_s = 0.0
+    for tokens in (decoding, 2 * decoding) * 20:
+        now_s = feed(planner, steps=1, since_s=now_s, tokens=tokens)
+    demand = replace(make_demand(decoding), window=window)
+    planner.plan(demand, now_s)
+    return planner.plan(demand, now_s + 1.0).draft_price
+
+
+def test_guesses_have_a_price_where_they_are_wanted() -> None:
+    assert price_of(make_planner(), 1) is None
+    assert price_of(make_planner(scheduling=Scheduling.PLAIN, speculation=Speculation.LOOKUP), 1) is None
+    alone, crowd = (price_of(make_planner(speculation=Speculation.LOOKUP), decoding) for decoding in (1, 64))
+    assert alone is not None and crowd is not None
+    assert 0.01 < alone < 0.2, "one stream waits for its way round: a token more costs little"
+    assert crowd > 0.4, "a full stage has no time for guesses"
+
+
+def test_the_price_is_the_same_share_of_a_cycle_that_guesses_are_in_already() -> None:
+    planner = make_planner(speculation=Speculation.LOOKUP)
+    few, many = price_of(planner, 64), price_of(planner, 64, window=4.0)
+    assert few is not None and many is not None
+    assert many < few, "the cycle is longer by the guesses that are in it"

@@ -138,7 +138,14 @@ def _plan(pipeline: PipelineState) -> str:
     how = "fixed" if policy.micro_batches is not None else str(policy.scheduling)
     prompts = "in steps of their own" if head.separate_prefill else "with decode"
     cycle = "" if head.cycle_s is None else f", a token every {head.cycle_s * 1e3:.0f} ms"
-    return f"{head.micro_batches} micro-batches ({how}){cycle}; prompts {prompts}, {head.chunk_tokens} tokens a chunk"
+    plan = f"{head.micro_batches} micro-batches ({how}){cycle}; prompts {prompts}, {head.chunk_tokens} tokens a chunk"
+    return f"{plan}{_guesses(head)}"
+
+
+def _guesses(head: HeadReport) -> str:
+    if not head.drafted_tokens:
+        return ""
+    return f"; {head.drafted_tokens} tokens guessed, {head.accepted_tokens / head.drafted_tokens:.0%} rightly"
 
 
 def _links_table(state: ClusterState) -> Table | None:

@@ -64,6 +64,7 @@ KNOWN_VARIABLES: set[str] = {
     "MOLINK_SCHEDULING",
     "MOLINK_ASSUMED_LINK_MBIT",
     "MOLINK_LINK_CODEC",
+    "MOLINK_SPECULATION",
     # the stage worker
     "MOLINK_WORKER_ID",
     "MOLINK_SITE",

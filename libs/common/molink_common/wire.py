@@ -47,6 +47,8 @@ class Logits(IntEnum):
     NONE = 0
     LAST = 1
     ALL = 2
+    DRAFTS = 3
+    """For all, and those behind the first are guesses at what comes next (`Extra.drafts`), to be verified."""
 
 
 class Codec(IntEnum):
@@ -96,6 +98,12 @@ class Entry:
     logits: Logits = Logits.NONE
     new_blocks: tuple[int, ...] = ()
 
+    @property
+    def places_with_logits(self) -> range:
+        """The positions for which the tail computes a row of logits."""
+        end = self.start + self.count
+        return range((end, end - 1, self.start, self.start)[self.logits], end)
+
 
 class Opening(BaseModel):
     """What the tail must know of a sequence that opens: prompt and tokens so far, and how to sample."""
@@ -124,10 +132,12 @@ class Extra(BaseModel):
     the hidden states that it has kept of these tokens; all others have them in their KV blocks and pass the step on."""
     refused: Annotated[tuple[SequenceIdField, ...], Field(max_length=MAX_ENTRIES)] = ()
     """Of whose tokens in this step a stage on the way could make nothing: what it had of them does not fit."""
+    drafts: Annotated[dict[SequenceIdField, TokenIds], Field(max_length=MAX_ENTRIES)] = {}
+    """The guesses of the entries that have some: the tail samples on for as long as they are right."""
 
     def encode(self) -> bytes:
         """JSON, or nothing when there is nothing to say."""
-        if not (self.opens or self.closes or self.traces or self.refused or self.rebuild is not None):
+        if not (self.opens or self.closes or self.traces or self.refused or self.drafts or self.rebuild is not None):
             return b""
         return orjson.dumps(self.model_dump(), option=orjson.OPT_NON_STR_KEYS)
 
@@ -269,7 +279,7 @@ def _decode_entries(view: memoryview, num_entries: int, num_blocks: int) -> tupl
     for index in range(num_entries):
         sequence, start, count, flags, reserved, taken = _ENTRY.unpack_from(view, HEADER_BYTES + _ENTRY.size * index)
         logits = flags >> 1
-        if count == 0 or reserved != 0 or logits > Logits.ALL or block_at + taken > num_blocks:
+        if count == 0 or reserved != 0 or logits > Logits.DRAFTS or block_at + taken > num_blocks:
             raise ProtocolError(f"entry {index} of a frame is not valid")
         entries.append(
             Entry(

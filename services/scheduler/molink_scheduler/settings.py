@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from molink_common.messages import Dtype, LinkCodec, PipelinePolicy, Scheduling
+from molink_common.messages import Dtype, LinkCodec, PipelinePolicy, Scheduling, Speculation
 from molink_common.settings import ServiceSettings
 
 
@@ -64,6 +64,10 @@ class SchedulerSettings(ServiceSettings):
         LinkCodec,
         Field(description="raw, lossless or int8, on links between sites; within a site always raw"),
     ] = LinkCodec.RAW
+    speculation: Annotated[
+        Speculation,
+        Field(description="lookup: guess tokens from a text's own repetitions and verify several at once; off"),
+    ] = Speculation.OFF
 
     def policy(self) -> PipelinePolicy:
         """What a pipeline's stages must agree on."""
@@ -71,4 +75,5 @@ class SchedulerSettings(ServiceSettings):
             scheduling=self.scheduling,
             micro_batches=None if self.micro_batches == "auto" else self.micro_batches,
             assumed_link_bytes_per_s=self.assumed_link_mbit * 1e6 / 8,
+            speculation=self.speculation,
         )

@@ -43,6 +43,8 @@ class BatchPlan:
     along_tokens: int = 0
     """With `separate_prefill`: prompt tokens that the head may compute in one pass with a decode step, as a step of
     their own. They cost little there, since the pass reads the weights anyway."""
+    draft_price: float | None = None
+    """What one guess more for every sequence that decodes adds to a cycle, as a share of it. None: nobody guesses."""
 
     def __post_init__(self) -> None:
         if min(self.micro_batches, self.chunk_tokens, self.chunks_under_way) < 1:
@@ -62,11 +64,18 @@ class StepPlan:
     closes: dict[str, int]
     """By sequence, the step that opened the life that ends."""
     traces: dict[str, str]
+    drafts: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """By sequence, the guesses among `token_ids`: the last ones of its entry."""
     rebuild: int | None = None
     """The one stage that computes these tokens."""
 
     def extra(self) -> Extra:
         """The part of the frame that only some steps need."""
         return Extra.model_construct(
-            opens=self.opens, closes=self.closes, traces=self.traces, rebuild=self.rebuild, refused=()
+            opens=self.opens,
+            closes=self.closes,
+            traces=self.traces,
+            rebuild=self.rebuild,
+            refused=(),
+            drafts=self.drafts,
         )

@@ -19,6 +19,7 @@ from molink_common.identity import sequence_number
 from molink_common.messages import StartSequence
 from molink_common.sampling import SamplingOptions
 from molink_common.wire import Logits, Opening, Traffic
+from molink_stage_worker.drafting import Guesser
 
 _GRAMMAR_CHARACTERS_A_TOKEN = 4
 """In a frame: a token's number takes up to eight bytes, and a grammar's quotes are escaped once more."""
@@ -65,6 +66,7 @@ class Sequence:
     """How many of its blocks may be known."""
     is_distrustful: bool = False
     """A stage lacked what it should have had: it takes nothing over from others any more."""
+    guesser: Guesser = field(default_factory=Guesser)
 
     @classmethod
     def starting(cls, start: StartSequence, arrival: int) -> Sequence:
@@ -156,6 +158,8 @@ class Served(NamedTuple):
     life: int
     end: int
     """How many of its tokens are computed after the step."""
+    drafts: int = 0
+    """Guesses behind these."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

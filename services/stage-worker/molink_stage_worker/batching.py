@@ -20,10 +20,14 @@ In a new epoch nothing is known of what other sequences have left in KV blocks (
 
 from __future__ import annotations
 
+from collections import Counter
+
 from molink_common.messages import HeadReport, StartSequence, StepTokens
 from molink_common.wire import Entry, Logits, Opening, Traffic
 from molink_stage_worker.batch_plan import BatchLimits, BatchPlan, StepPlan
 from molink_stage_worker.batch_sequence import Sequence, Served, StepUnderWay
+from molink_stage_worker.chunk_choice import MOST_LOGIT_ROWS
+from molink_stage_worker.drafting import Drafting, TurnMeter
 from molink_stage_worker.planning.observation import Demand
 from molink_stage_worker.residents import Residents
 from molink_stage_worker.step_choice import StepChoice
@@ -44,6 +48,8 @@ class Batcher:
         self._departures = self._residents.departures
         self._running = self._residents.running
         self._choice = StepChoice(limits, self._residents)
+        self._drafting = Drafting()
+        self._turns = TurnMeter()
         self._under_way: dict[int, StepUnderWay] = {}
         """By step number, oldest first."""
         self._counts = dict.fromkeys(Traffic, 0)
@@ -173,6 +179,7 @@ class Batcher:
             context_tokens=context // len(decoding) if decoding else 0,
             prompt_tokens_waiting=sum(prompts) + self._residents.tokens_waiting,
             prompts_waiting=len(prompts) + self._residents.num_waiting,
+            window=self._turns.window,
         )
 
     def report(self) -> HeadReport:
@@ -192,6 +199,8 @@ class Batcher:
             cached_blocks=self._residents.cached_blocks,
             prefix_queries_tokens=self._opened_tokens,
             prefix_hits_tokens=self._cached_tokens,
+            drafted_tokens=self._drafting.drafted,
+            accepted_tokens=self._drafting.accepted,
         )
 
     @property
@@ -218,12 +227,14 @@ class Batcher:
         for name in step.served:
             if name not in tokens.refused:
                 self._confirm(step, name)
+        gained: Counter[str] = Counter()
         lacking = dict.fromkeys((*step.wanted, *tokens.refused))
         for event in tokens.events:
             sequence = self._known(step, event.sequence)  # whatever its life: a token depends on what is before it only
             if sequence is None or event.index != len(sequence.tokens) - len(sequence.prompt):
                 continue
             lacking.pop(event.sequence, None)
+            gained[event.sequence] += 1
             sequence.tokens.append(event.token)
             sequence.restarts = sequence.interruptions = 0
             if event.finish is not None:
@@ -231,6 +242,8 @@ class Batcher:
         for name in tokens.failed:
             if (sequence := self._known(step, name)) is not None:
                 self._residents.forget(sequence)
+        for name, count in gained.items():
+            self._verify(step, name, count - 1)
         for name in lacking:
             if (sequence := self._present(step, name)) is not None:
                 self._recomputed += 1
@@ -277,21 +290,28 @@ class Batcher:
         token_ids: list[int] = []
         opens: list[Opening] = []
         traces: dict[str, str] = {}
+        drafts: dict[str, tuple[int, ...]] = {}
+        room = min(self._limits.step_tokens - sum(chosen.values()), MOST_LOGIT_ROWS - len(chosen))
         for name, count in chosen.items():
             sequence = self._running.pop(name)
             self._running[name] = sequence
             start, end = sequence.planned, sequence.planned + count
+            guesses = self._guess(sequence, room) if count == 1 and sequence.is_decoding else ()
+            if guesses:
+                drafts[name] = guesses
+                room -= len(guesses)
             entries.append(
                 Entry(
                     sequence=sequence.number,
                     start=start,
-                    count=count,
+                    count=count + len(guesses),
                     opens=not sequence.is_open,
-                    logits=sequence.logits_of_chunk(count),
+                    logits=Logits.DRAFTS if guesses else sequence.logits_of_chunk(count),
                     new_blocks=tuple(sequence.unsent_blocks),
                 )
             )
             token_ids.extend(sequence.tokens[start:end])
+            token_ids.extend(guesses)
             if not sequence.is_open:
                 opens.append(sequence.opening())
                 if sequence.is_new:
@@ -301,7 +321,7 @@ class Batcher:
                 traces[name] = sequence.trace
             sequence.unsent_blocks.clear()
         self._choice.on_step(traffic)
-        return self._put_under_way(traffic, chosen, entries, tuple(token_ids), tuple(opens), traces)
+        return self._put_under_way(traffic, chosen, entries, tuple(token_ids), tuple(opens), traces, drafts)
 
     def _put_under_way(
         self,
@@ -311,8 +331,10 @@ class Batcher:
         token_ids: tuple[int, ...] = (),
         opens: tuple[Opening, ...] = (),
         traces: dict[str, str] | None = None,
+        drafts: dict[str, tuple[int, ...]] | None = None,
         rebuild: int | None = None,
     ) -> StepPlan:
+        drafts = drafts or {}
         step = self._next_step
         self._next_step += 1
         served: dict[str, Served] = {}
@@ -324,7 +346,7 @@ class Batcher:
             self._residents.shares.charge(sequence, sequence.planned, sequence.planned + count)
             sequence.planned += count
             sequence.last_steps[traffic] = step
-            served[name] = Served(sequence, sequence.life, sequence.planned)
+            served[name] = Served(sequence, sequence.life, sequence.planned, len(drafts.get(name, ())))
         closes = self._departures.take_closes(traffic)
         wanted = frozenset(
             name
@@ -341,8 +363,42 @@ class Batcher:
             opens=opens,
             closes=closes,
             traces=traces or {},
+            drafts=drafts,
             rebuild=rebuild,
         )
+
+    def _guess(self, sequence: Sequence, room: int) -> tuple[int, ...]:
+        """Tokens to be verified behind the newest one of a sequence that decodes, and blocks for them."""
+        price = self.plan.draft_price
+        if price is None or not self.can_rewind or not sequence.is_open:
+            return ()
+        left = sequence.options.max_tokens - (len(sequence.tokens) - len(sequence.prompt)) - 1
+        guesses = self._drafting.draft(
+            sequence.guesser,
+            sequence.tenant,
+            sequence.tokens,
+            least_chance=price * self._turns.gain,
+            most=min(room, left),
+        )
+        if guesses and not self._residents.has_spare_room(sequence, len(sequence.tokens) + len(guesses)):
+            return ()
+        return guesses
+
+    def _verify(self, step: StepUnderWay, name: str, accepted: int) -> None:
+        """So many guesses of a step were right: their keys and values are on every stage as well."""
+        served = step.served[name]
+        if self.plan.draft_price is not None:
+            self._drafting.remember(served.sequence.tenant, served.sequence.tokens, 1 + accepted)
+        if step.traffic is Traffic.DECODE:
+            self._turns.on_turn(1 + served.drafts, 1 + accepted)
+        if not served.drafts:
+            return
+        self._drafting.learn(served.sequence.guesser, served.drafts, accepted)
+        sequence = self._present(step, name)
+        if sequence is not None and accepted:
+            sequence.planned += accepted
+            sequence.confirmed = sequence.planned
+            self._residents.publish(sequence)
 
     def _take_off(self, step: int) -> StepUnderWay | None:
         taken = self._under_way.pop(step, None)

@@ -11,7 +11,8 @@ _TURNS = 3
 _A_LITTLE = 4
 """A chunk may grow by this part of it."""
 MOST_LOGIT_ROWS = 128
-"""A step, for prompts whose log probabilities are told: the tail holds a row of the vocabulary for each token."""
+"""A step, for prompts whose log probabilities are told or for guesses: the tail holds a row of the vocabulary for each
+token."""
 
 
 class ChunkChoice:

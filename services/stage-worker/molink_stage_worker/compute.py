@@ -9,7 +9,7 @@ next step), so the event loop has nothing to do but to pass a finished buffer to
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, replace
 
 import torch
@@ -20,6 +20,7 @@ from molink_common.identity import sequence_id, sequence_number
 from molink_common.messages import PromptLogprobs, StepTokens, TokenEvent
 from molink_common.wire import Codec, Entry, Logits, StageTiming, StepFrame, encode_frame
 from molink_stage_worker.activation_codec import decode_hidden, encode_hidden
+from molink_stage_worker.chunk_choice import MOST_LOGIT_ROWS
 from molink_stage_worker.engine.interface import Engine
 from molink_stage_worker.journal import Journal
 from molink_stage_worker.lives import Lives
@@ -68,12 +69,13 @@ class StageCompute:
         """Whether `other` should be computed in one pass with `steps`, by what passes have cost here so far.
 
         Never if they share a sequence: one chunk of a prompt needs the keys and values of the chunk before it.
-        Nor a step that this stage only passes on, nor two that ask for the logits of whole chunks: their rows have to
-        fit into memory. May be asked from any thread.
+        Nor a step that this stage only passes on, nor those that ask for the logits of too many tokens: their rows
+        have to fit into memory. May be asked from any thread.
         """
         if self._only_passes(steps[0]) or self._only_passes(other):
             return False
-        if _asks_for_all(other.frame.entries) and any(_asks_for_all(step.frame.entries) for step in steps):
+        rows = _rows_of_chunks(other.frame.entries)
+        if rows and rows + sum(_rows_of_chunks(step.frame.entries) for step in steps) > MOST_LOGIT_ROWS:
             return False
         present = {entry.sequence for step in steps for entry in step.frame.entries}
         if any(entry.sequence in present for entry in other.frame.entries):
@@ -177,7 +179,7 @@ class StageCompute:
                 self._record(frame, own, token_bytes)
                 payload = self._encode(frame, own if step.extra.rebuild is None else None, timing)
             else:
-                rows = sum(_rows_of(entry) for entry in frame.entries)
+                rows = sum(len(entry.places_with_logits) for entry in frame.entries)
                 logits_RV = None if output.logits_RV is None else output.logits_RV[row_at : row_at + rows]
                 tokens = _sampled(self._sampler, step, logits_RV, timing)
                 payload = messages.encode(tokens)
@@ -258,6 +260,12 @@ def _prepare(sampler: Sampler, steps: Sequence[StageStep], closed: Sequence[tupl
         for entry in step.frame.entries:
             if entry.logits is not Logits.NONE and not sampler.knows(sequence_id(entry.sequence)):
                 raise ProtocolError(f"sequence {sequence_id(entry.sequence)} wants a token but was never opened")
+            if entry.logits is Logits.DRAFTS:
+                named = len(step.extra.drafts.get(sequence_id(entry.sequence), ()))
+                if named != entry.count - 1:
+                    raise ProtocolError(
+                        f"{entry.count} tokens of sequence {sequence_id(entry.sequence)}, {named} guesses"
+                    )
 
 
 def _result(
@@ -291,10 +299,13 @@ def _sampled(sampler: Sampler, step: StageStep, logits_RV: torch.Tensor | None, 
             told, failed = _told_of_prompts(sampler, logits_RV, frame.entries)
             kept = [place for place, name in enumerate(names) if name not in failed]
             names, rows = [names[place] for place in kept], [rows[place] for place in kept]
-        if names:
+        drafts = step.extra.drafts
+        while names:
             wanted_RV = logits_RV if len(rows) == logits_RV.shape[0] else logits_RV[rows]
-            events, unsound = sampler.sample(wanted_RV, names)
+            found, unsound = sampler.sample(wanted_RV, names)
+            events += found
             failed += unsound
+            names, rows, drafts = _where_guesses_are_right(found, dict(zip(names, rows, strict=True)), drafts)
     # built without validation: this runs for every step, and every value is our own
     return StepTokens.model_construct(
         pipeline=frame.pipeline,
@@ -316,7 +327,7 @@ def _told_of_prompts(
     failed: list[str] = []
     row = 0
     for entry in entries:
-        first, row = row, row + _rows_of(entry)
+        first, row = row, row + len(entry.places_with_logits)
         name = sequence_id(entry.sequence)
         if entry.logits is not Logits.ALL:
             continue
@@ -331,8 +342,21 @@ def _told_of_prompts(
     return told, failed
 
 
-def _rows_of(entry: Entry) -> int:
-    return (0, 1, entry.count)[entry.logits]
+def _where_guesses_are_right(
+    events: list[TokenEvent], rows: dict[str, int], drafts: Mapping[str, tuple[int, ...]]
+) -> tuple[list[str], list[int], dict[str, tuple[int, ...]]]:
+    """Whose next guess is the token just chosen: who goes on, with which row of logits, and the guesses left."""
+    left = {
+        event.sequence: guesses[1:]
+        for event in events
+        if event.finish is None and (guesses := drafts.get(event.sequence)) and guesses[0] == event.token
+    }
+    return list(left), [rows[name] + 1 for name in left], left
+
+
+def _rows_of_chunks(entries: tuple[Entry, ...]) -> int:
+    """Of the entries that ask for the logits of more than their last token."""
+    return sum(entry.count for entry in entries if entry.logits in (Logits.ALL, Logits.DRAFTS))
 
 
 def _asks_for_all(entries: tuple[Entry, ...]) -> bool:
@@ -342,7 +366,7 @@ def _asks_for_all(entries: tuple[Entry, ...]) -> bool:
 def _rows_to_sample(sampler: Sampler, entries: tuple[Entry, ...]) -> tuple[list[str], list[int]]:
     """Who gets a token, and the row of logits that it comes from: that of the last token that the sequence has.
 
-    A chunk that asks for all rows may end in the middle of the prompt.
+    A chunk that asks for all rows may end in the middle of the prompt; guesses stand behind the last token.
     """
     names: list[str] = []
     rows: list[int] = []
@@ -350,9 +374,12 @@ def _rows_to_sample(sampler: Sampler, entries: tuple[Entry, ...]) -> tuple[list[
     for entry in entries:
         if entry.logits is Logits.NONE:
             continue
-        count += _rows_of(entry)
+        first, count = count, count + len(entry.places_with_logits)
         name = sequence_id(entry.sequence)
-        if entry.logits is Logits.LAST or sampler.is_next(name, entry.start + entry.count):
+        if entry.logits is Logits.DRAFTS:
+            names.append(name)
+            rows.append(first)
+        elif entry.logits is Logits.LAST or sampler.is_next(name, entry.start + entry.count):
             names.append(name)
             rows.append(count - 1)
     return names, rows

@@ -3,9 +3,10 @@
 A broker may deliver what is stale (an older epoch) or lose something in an outage. A frame counts only if it is
 of this pipeline and epoch, is newer than every frame of its class before it, and continues each of its sequences at
 the position that the sequence has reached here, or before it where the sequence opens again: computing on after a
-hole would give wrong text without an error. A sequence may open behind KV blocks that others have filled here in this
-epoch (see `prefix_cache`). Whether the stage computes a step or passes it on makes no difference
-here: what is rebuilt elsewhere is in this stage's KV blocks.
+hole would give wrong text without an error. Behind guesses a sequence goes on where they were right up to: nothing
+else of it is under way meanwhile, so nothing can be missing there. A sequence may open behind KV blocks that others
+have filled here in this epoch (see `prefix_cache`). Whether the stage computes a step or passes it on makes no
+difference here: what is rebuilt elsewhere is in this stage's KV blocks.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from enum import StrEnum
 
 from molink_common.identity import sequence_number
-from molink_common.wire import Entry, StepFrame, Traffic
+from molink_common.wire import Entry, Logits, StepFrame, Traffic
 from molink_stage_worker.lives import Lives
 
 
@@ -42,6 +43,8 @@ class Fence:
         self._last_steps = dict.fromkeys(Traffic, 0)
         self._lives = Lives()
         self._lengths: dict[int, int] = {}
+        self._guessed: dict[int, int] = {}
+        """By sequence, how many of its tokens were guesses that may have been wrong."""
         self._tables: dict[int, list[int]] = {}
         """The KV blocks of each sequence."""
         self._full: set[int] = set()
@@ -74,6 +77,7 @@ class Fence:
         self._lives.open(entries, step)
         for entry in entries:
             self._lengths[entry.sequence] = entry.start + entry.count
+            self._guessed[entry.sequence] = entry.count - 1 if entry.logits is Logits.DRAFTS else 0
             if entry.opens:
                 self._tables[entry.sequence] = []
             if entry.new_blocks:
@@ -91,7 +95,8 @@ class Fence:
     def _goes_on(self, entry: Entry) -> bool:
         length = self._lengths.get(entry.sequence, 0 if entry.opens else -1)
         # only an opening goes back: else it is a step of a life whose opening was lost on the way
-        if entry.start == length or (entry.opens and entry.start < length):
+        certain = length - self._guessed.get(entry.sequence, 0)
+        if certain <= entry.start <= length or (entry.opens and entry.start < length):
             return True
         filled, rest = divmod(entry.start, self._block_size)
         return (
@@ -110,4 +115,5 @@ class Fence:
 
     def _forget(self, sequence: int) -> None:
         self._lengths.pop(sequence, None)
+        self._guessed.pop(sequence, None)
         self._tables.pop(sequence, None)

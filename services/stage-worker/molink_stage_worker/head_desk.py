@@ -132,6 +132,7 @@ class HeadDesk:
             sequences=load.sequences,
             context_tokens=load.context_tokens,
             decode_tokens=load.tokens - load.prompt_tokens,
+            guesses=sum(map(len, planned.plan.drafts.values())),
             payload_bytes=load.tokens * self._token_bytes,
             compute_s=tuple(compute_us / 1e6 for compute_us, *_ in tokens.timings),
             waited_s=tuple(waited_us / 1e6 for _, waited_us, *_ in tokens.timings),

@@ -205,6 +205,15 @@ class Residents:
             sequence.unsent_blocks.extend(self._blocks.take(sequence.number, needed))
         return True
 
+    def has_spare_room(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Blocks for so many tokens of a sequence that runs, while one is left for each that does."""
+        needed = self.blocks_for(num_tokens) - self._blocks.held(sequence.number)
+        if needed > 0:
+            if self._blocks.num_free - needed < len(self.running):
+                return False
+            sequence.unsent_blocks.extend(self._blocks.take(sequence.number, needed))
+        return True
+
     def step_returned(self, step: int, traffic: Traffic, closes: Mapping[str, int]) -> None:
         """A step came back: what could only have been on its way before it is not any more."""
         for number in self.departures.step_returned(step, traffic, closes):

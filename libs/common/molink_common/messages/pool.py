@@ -45,6 +45,14 @@ class Scheduling(StrEnum):
     from an assumed link speed. A baseline."""
 
 
+class Speculation(StrEnum):
+    """Whether tokens are guessed, to be verified several in one trip round the pipeline. The text is the same."""
+
+    OFF = "off"
+    LOOKUP = "lookup"
+    """What followed the last tokens where they stood before in the same text."""
+
+
 class PipelinePolicy(BaseModel):
     """What the stages of a pipeline must agree on about scheduling."""
 
@@ -54,6 +62,8 @@ class PipelinePolicy(BaseModel):
     """How many the head keeps under way; None: it plans."""
     assumed_link_bytes_per_s: Annotated[float, Field(gt=0)] = 12.5e6
     """`Scheduling.PUBLISHED` plans with it; nothing else looks at it."""
+    speculation: Speculation = Speculation.OFF
+    """Only `Scheduling.ADAPTIVE` guesses."""
 
 
 class LinkCodec(StrEnum):
@@ -121,6 +131,10 @@ class HeadReport(BaseModel):
     """Tokens of the sequences that were begun."""
     prefix_hits_tokens: Count = 0
     """Of these, the ones that needed no computing since others had left them in KV blocks."""
+    drafted_tokens: Count = 0
+    """Guesses that were verified with decode steps."""
+    accepted_tokens: Count = 0
+    """Of these, the right ones: tokens that took no trip round the pipeline of their own."""
     micro_batches: Count = 0
     chunk_tokens: Count = 0
     """Most prompt tokens a step."""

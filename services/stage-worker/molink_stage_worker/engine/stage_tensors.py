@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from molink_common.errors import ProtocolError
-from molink_common.wire import Entry, Logits
+from molink_common.wire import Entry
 from molink_stage_worker.engine.interface import StageSpec, StepOutput
 from molink_stage_worker.engine.projections import PackedProjection
 
@@ -76,10 +76,7 @@ def logit_rows(entries: Sequence[Entry]) -> list[int]:
     rows: list[int] = []
     row = 0
     for entry in entries:
-        if entry.logits is Logits.LAST:
-            rows.append(row + entry.count - 1)
-        elif entry.logits is Logits.ALL:
-            rows.extend(range(row, row + entry.count))
+        rows.extend(row + place - entry.start for place in entry.places_with_logits)
         row += entry.count
     return rows
 

@@ -76,23 +76,34 @@ class Cycle:
         return max(range(len(self.stages_s)), key=lambda index: self.stages_s[index])
 
 
-def predict(machine: Machine, *, decoding: int, context_tokens: int, micro_batches: int, chunk_tokens: int) -> Cycle:
-    """The cycle with `micro_batches` under way, chunks of `chunk_tokens` in between."""
+def predict(
+    machine: Machine,
+    *,
+    decoding: int,
+    context_tokens: int,
+    micro_batches: int,
+    chunk_tokens: int,
+    window: float = 1.0,
+) -> Cycle:
+    """The cycle with `micro_batches` under way, chunks of `chunk_tokens` in between.
+
+    Each sequence has `window` tokens in a step, guesses included.
+    """
     size = -(-decoding // micro_batches)
     full, rest = divmod(decoding, size)
     stages_s = []
     stage_s = ring_s = 0.0
     for curve, share in zip(machine.stages, machine.prompt_shares, strict=True):
-        step_s = curve.compute_s(size, size, size * context_tokens)
-        work_s = full * step_s + (curve.compute_s(rest, rest, rest * context_tokens) if rest else 0.0)
+        step_s = curve.compute_s(size * window, size, size * context_tokens)
+        work_s = full * step_s + (curve.compute_s(rest * window, rest, rest * context_tokens) if rest else 0.0)
         stages_s.append(work_s)
         stage_s = max(stage_s, work_s / (1.0 - share))
         ring_s += step_s
         if share:
             ring_s += share * curve.compute_s(chunk_tokens, 1, context_tokens) / 2.0
     rate = machine.links.rate_bytes_per_s
-    link_s = 0.0 if rate is None else decoding * machine.token_bytes / rate
-    ring_s += machine.links.time_s(size * machine.token_bytes)
+    link_s = 0.0 if rate is None else decoding * window * machine.token_bytes / rate
+    ring_s += machine.links.time_s(size * window * machine.token_bytes)
     bounds_s = (stage_s, link_s, ring_s)
     return Cycle(
         micro_batches=full + (1 if rest else 0),

@@ -19,7 +19,9 @@ class StepObservation:
     context_tokens: int
     """Sum over the step's entries of start + count."""
     decode_tokens: int
-    """Entries that decode; the other tokens are prompt tokens."""
+    """Of entries that decode, guesses included; the other tokens are prompt tokens."""
+    guesses: int = 0
+    """Of the tokens that decode, those that are guesses at what comes next."""
     payload_bytes: int
     """Hidden-state bytes that crossed each link."""
     compute_s: tuple[float, ...]
@@ -45,6 +47,8 @@ class Demand:
     """Prompt tokens that no step was planned for yet."""
     prompts_waiting: int = 0
     """Sequences that they belong to."""
+    window: float = 1.0
+    """Tokens of a sequence in a decode step, on average: the newest one, and guesses behind it."""
 
     def __post_init__(self) -> None:
         if min(self.decoding, self.context_tokens, self.prompt_tokens_waiting, self.prompts_waiting) < 0:

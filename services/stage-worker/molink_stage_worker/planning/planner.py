@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from math import exp
+from math import ceil, exp
 
-from molink_common.messages import PipelinePolicy, Scheduling
+from molink_common.messages import PipelinePolicy, Scheduling, Speculation
 from molink_common.wire import MAX_STEP_TOKENS, Traffic
 from molink_stage_worker.batch_plan import BatchPlan
 from molink_stage_worker.planning import chunks
@@ -72,7 +72,7 @@ class Planner:
         if step.tokens < 1 or not len(step.compute_s) == len(step.waited_s) == self._num_stages:
             return
         self._fade_prompts(now_s)
-        self._meter.on_tokens(step.decode_tokens)
+        self._meter.on_tokens(step.decode_tokens - step.guesses)
         prompt_tokens = step.tokens - step.decode_tokens
         alone = StepLoad(
             tokens=step.tokens,
@@ -181,7 +181,7 @@ class Planner:
                 machine,
                 step_tokens=self._step_tokens,
                 context_tokens=demand.context_tokens,
-                size=-(-demand.decoding // micro_batches),
+                size=_tokens_of(demand, micro_batches),
                 latency_target_s=self._latency_target_s,
             )
         chunk_tokens = self._damped(wanted, separate, now_s)
@@ -191,7 +191,7 @@ class Planner:
                 machine,
                 chunk_tokens=chunk_tokens,
                 context_tokens=demand.context_tokens,
-                size=-(-demand.decoding // micro_batches),
+                size=_tokens_of(demand, micro_batches),
                 tries=self._thoughts % _THOUGHTS_A_TRY == 0,
             )
         return BatchPlan(
@@ -205,7 +205,16 @@ class Planner:
             ),
             separate_prefill=separate,
             along_tokens=along_tokens,
+            draft_price=self._draft_price(machine, demand, micro_batches),
         )
+
+    def _draft_price(self, machine: Machine, demand: Demand, micro_batches: int) -> float | None:
+        """The share that a cycle grows by if every sequence that decodes has one more of its tokens guessed."""
+        if self._policy.speculation is Speculation.OFF or not demand.decoding:
+            return None
+        more = replace(demand, window=demand.window + 1.0)
+        now_s = self._cycle_of(machine, demand, micro_batches).cycle_s
+        return self._cycle_of(machine, more, micro_batches).cycle_s / now_s - 1.0
 
     def _damped(self, wanted: int, separate: bool, now_s: float) -> int:
         """The chunk size to have when `wanted` would be best: a new one only now and then, and for a real gain."""
@@ -234,7 +243,7 @@ class Planner:
             decoding=demand.decoding,
             now_s=now_s,
             predict=corrected,
-            knows=lambda tokens: all(stage.knows(tokens) for stage in self._stages),
+            knows=lambda size: all(stage.knows(round(size * demand.window)) for stage in self._stages),
         )
         plain_s = self._cycle_of(machine, demand, self._cycle.micro_batches).cycle_s
         self._meter.on_plan(self._cycle.micro_batches, plain_s, demand.decoding, now_s)
@@ -248,6 +257,7 @@ class Planner:
         cycle = predict(
             machine if self._plan.separate_prefill else alone,
             decoding=demand.decoding,
+            window=demand.window,
             context_tokens=demand.context_tokens,
             micro_batches=min(micro_batches, demand.decoding),
             chunk_tokens=min(self._plan.along_tokens or self._plan.chunk_tokens, self._step_tokens),
@@ -331,3 +341,8 @@ class Planner:
                 return "the slowest link sends for the whole cycle"
             case Bottleneck.RING:
                 return "the way round the pipeline"
+
+
+def _tokens_of(demand: Demand, micro_batches: int) -> int:
+    """Of the largest micro-batch, guesses included."""
+    return ceil(-(-demand.decoding // micro_batches) * demand.window)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from molink_common.wire import Entry
+from molink_common.wire import Entry, Logits
 from molink_stage_worker.planning.stage_cost import StageCurve
 
 
@@ -15,7 +15,7 @@ class StepLoad:
 
     tokens: int
     prompt_tokens: int
-    """Of them; the others decode."""
+    """Of them; the others decode, or are guesses at what will be decoded."""
     sequences: int
     context_tokens: int
     """Over all sequences: positions that the last token looks back on, itself included."""
@@ -26,7 +26,8 @@ class StepLoad:
         tokens = prompt_tokens = sequences = context_tokens = 0
         for entry in entries:
             tokens += entry.count
-            prompt_tokens += entry.count if entry.count > 1 or entry.opens else 0
+            is_decode = entry.logits is Logits.DRAFTS or (entry.count == 1 and not entry.opens)
+            prompt_tokens += 0 if is_decode else entry.count
             sequences += 1
             context_tokens += entry.start + entry.count
         return cls(tokens=tokens, prompt_tokens=prompt_tokens, sequences=sequences, context_tokens=context_tokens)
