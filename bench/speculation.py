@@ -26,7 +26,6 @@ from bench.link_grid.cells import EngineKind, Setup
 from bench.load import StreamResult, chat_prompts, stream_chat
 from bench.netlab.serving import ServingSystem, serving
 
-SIDES = ("off", "lookup")
 KINDS = ("chat", "sampled", "copy")
 _STATUS_AGE_S = 1.2
 """The head's report is at most one heartbeat old."""
@@ -35,8 +34,9 @@ _STATUS_AGE_S = 1.2
 async def main(arguments: argparse.Namespace) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for link in arguments.links:
-        found = {side: [row async for row in _side(arguments, link, side)] for side in SIDES}
-        for without, with_it in zip(*(found[side] for side in SIDES), strict=True):
+        policies = ("adaptive", "adaptive" if arguments.control else "adaptive+lookup")
+        sides = [[row async for row in _side(arguments, link, policy)] for policy in policies]
+        for without, with_it in zip(*sides, strict=True):
             texts = [row.pop("texts") for row in (without, with_it)]
             rows.append(
                 {
@@ -52,8 +52,7 @@ async def main(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"dtype": arguments.dtype, "new_tokens": arguments.new_tokens, "rows": rows}
 
 
-async def _side(arguments: argparse.Namespace, link: str, side: str) -> AsyncIterator[dict[str, Any]]:
-    policy = "adaptive+lookup" if side == "lookup" else "adaptive"
+async def _side(arguments: argparse.Namespace, link: str, policy: str) -> AsyncIterator[dict[str, Any]]:
     setup = Setup(engine=EngineKind.REAL, stages=2, link=link, policy=policy)
     async with _serving(setup, arguments.dtype) as system:
         await _run(system, _bodies("chat", 8, arguments.new_tokens, first=5000), streams=4)  # first touches of memory
@@ -146,6 +145,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--answers", type=int, default=4, help="of each stream")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--control", action="store_true", help="nobody guesses: what differs from one run to the next")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     arguments = parser.parse_args(argv)
     if unknown := set(arguments.kinds) - set(KINDS):
