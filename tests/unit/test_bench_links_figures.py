@@ -21,6 +21,8 @@ from bench.link_grid.steady_load import LoadShape, SteadyLoad, Target, steady_lo
 from bench.link_grid.tables import best_count_table, grid_tables
 from bench.links import cells_of, parse
 from bench.load import RequestFailed, TokenTrace
+from molink_common.messages import Speculation
+from molink_scheduler.settings import SchedulerSettings
 
 
 def trace(started_s: float, *times_s: float, prompt_tokens: int = 33, is_complete: bool = True) -> TokenTrace:
@@ -104,6 +106,16 @@ def test_a_codec_is_part_of_a_policy() -> None:
     codecs = {policy: of[of.index("--link-codec") + 1] for policy, of in flags.items()}
     assert codecs == {"adaptive": "raw", "adaptive:3+int8": "int8", "plain+lossless": "lossless"}
     assert flags["adaptive:3+int8"][3] == "3"
+
+
+def test_speculation_is_part_of_a_policy_and_off_unless_named() -> None:
+    chosen = {}
+    for policy in ("adaptive", "plain", "adaptive+lookup", "adaptive:3+int8+lookup"):
+        flags = Setup(engine=EngineKind.REAL, stages=2, link="10m30", policy=policy).scheduler_flags
+        chosen[policy] = flags[flags.index("--speculation") + 1]
+    assert list(chosen.values()) == ["off", "off", "lookup", "lookup"]
+    assert SchedulerSettings().policy().speculation is Speculation.OFF
+    assert SchedulerSettings(speculation=Speculation.LOOKUP).policy().speculation is Speculation.LOOKUP
 
 
 def test_what_is_no_grid_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,14 +11,14 @@ When a stage is replaced, `kept` is what all others have, and `confirmed` counts
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from molink_common.identity import sequence_number
 from molink_common.messages import StartSequence
 from molink_common.sampling import SamplingOptions
-from molink_common.wire import Logits, Opening, Traffic
+from molink_common.wire import Entry, Logits, Opening, Traffic
 from molink_stage_worker.drafting import Guesser
 
 _GRAMMAR_CHARACTERS_A_TOKEN = 4
@@ -110,6 +110,17 @@ class Sequence:
             return Logits.ALL
         return Logits.LAST if self.planned + count == len(self.tokens) else Logits.NONE
 
+    def entry(self, count: int, *, guesses: int = 0) -> Entry:
+        """Its part of a step: the next `count` of its tokens, and guesses behind them."""
+        return Entry(
+            sequence=self.number,
+            start=self.planned,
+            count=count + guesses,
+            opens=not self.is_open,
+            logits=Logits.DRAFTS if guesses else self.logits_of_chunk(count),
+            new_blocks=tuple(self.unsent_blocks),
+        )
+
     @property
     def opening_tokens(self) -> int:
         """How much room its opening takes in a frame, in tokens of a prompt."""
@@ -171,3 +182,48 @@ class StepUnderWay:
     wanted: frozenset[str]
     """Sequences that are to get a token from it."""
     closes: dict[str, int]
+
+
+class StepsUnderWay:
+    """By number, oldest first; and how many there are of each class."""
+
+    def __init__(self) -> None:
+        self._steps: dict[int, StepUnderWay] = {}
+        self.counts = dict.fromkeys(Traffic, 0)
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __iter__(self) -> Iterator[int]:
+        """Over a copy: what is met may be taken off."""
+        return iter(tuple(self._steps))
+
+    @property
+    def oldest(self) -> int | None:
+        """Its number."""
+        return next(iter(self._steps), None)
+
+    def put(self, number: int, step: StepUnderWay) -> None:
+        """A step was planned, a newer one than all others."""
+        self._steps[number] = step
+        self.counts[step.traffic] += 1
+
+    def get(self, number: int) -> StepUnderWay | None:
+        """The step of this number, if it is under way."""
+        return self._steps.get(number)
+
+    def take_off(self, number: int) -> StepUnderWay | None:
+        """It came back, or never will."""
+        taken = self._steps.pop(number, None)
+        if taken is not None:
+            self.counts[taken.traffic] -= 1
+        return taken
+
+    def older(self, number: int) -> list[int]:
+        """Those of its class that were planned before a step that is under way."""
+        traffic = self._steps[number].traffic
+        return [one for one, step in self._steps.items() if one < number and step.traffic is traffic]
+
+    def check_invariants(self) -> None:
+        """Assert that the counts are right."""
+        assert self.counts == {kind: sum(step.traffic is kind for step in self._steps.values()) for kind in Traffic}

@@ -25,11 +25,11 @@ from collections import Counter
 from molink_common.messages import HeadReport, StartSequence, StepTokens
 from molink_common.wire import Entry, Logits, Opening, Traffic
 from molink_stage_worker.batch_plan import BatchLimits, BatchPlan, StepPlan
-from molink_stage_worker.batch_sequence import Sequence, Served, StepUnderWay
+from molink_stage_worker.batch_sequence import Sequence, Served, StepsUnderWay, StepUnderWay
 from molink_stage_worker.chunk_choice import MOST_LOGIT_ROWS
-from molink_stage_worker.drafting import Drafting, TurnMeter
 from molink_stage_worker.planning.observation import Demand
 from molink_stage_worker.residents import Residents
+from molink_stage_worker.speculation import Speculation
 from molink_stage_worker.step_choice import StepChoice
 
 MAX_RESTARTS_AFTER_LOSS = 10
@@ -48,12 +48,8 @@ class Batcher:
         self._departures = self._residents.departures
         self._running = self._residents.running
         self._choice = StepChoice(limits, self._residents)
-        self._drafting = Drafting()
-        self._turns = TurnMeter()
-        self._under_way: dict[int, StepUnderWay] = {}
-        """By step number, oldest first."""
-        self._counts = dict.fromkeys(Traffic, 0)
-        """Steps under way, by class."""
+        self._speculation = Speculation(self._residents)
+        self._under_way = StepsUnderWay()
         self._next_step = 1
         self._rebuild: int | None = None
         self._asks_since: int | None = None
@@ -98,16 +94,15 @@ class Batcher:
         step = self._under_way.get(tokens.step)
         if step is None:
             return
-        for older in [number for number in self._under_way if number < tokens.step]:
-            if self._under_way[older].traffic is step.traffic:
-                self.on_lost(older)
-        self._take_off(tokens.step)
+        for older in self._under_way.older(tokens.step):
+            self.on_lost(older)
+        self._under_way.take_off(tokens.step)
         self._residents.step_returned(tokens.step, step.traffic, step.closes)
         self._on_result(step, tokens)
 
     def on_lost(self, step: int) -> None:
         """A step will never come back. Its sequences go back to what is sure; what it closed is closed again."""
-        lost = self._take_off(step)
+        lost = self._under_way.take_off(step)
         if lost is None:
             return
         self._departures.step_lost(lost.traffic, lost.closes)
@@ -118,7 +113,7 @@ class Batcher:
 
     def on_all_lost(self) -> None:
         """Nothing that is under way will come back."""
-        for step in tuple(self._under_way):
+        for step in self._under_way:
             self.on_lost(step)
 
     def on_new_epoch(self, rebuild: int | None) -> None:
@@ -127,8 +122,8 @@ class Batcher:
         None: all stages may have; everything is computed anew. Until a step has come back, steps only ask whether
         all stages listen.
         """
-        for step in tuple(self._under_way):
-            lost = self._take_off(step)
+        for step in self._under_way:
+            lost = self._under_way.take_off(step)
             assert lost is not None
             self._departures.step_lost(lost.traffic, lost.closes)
         self._residents.nothing_on_its_way(self._next_step - 1)
@@ -151,16 +146,16 @@ class Batcher:
         self._residents.admit()
         if self._rebuild is not None:
             self._skip_what_is_rebuilt()
-        if chosen := self._choice.to_rebuild(self.plan, self._counts, self._rebuild):
+        if chosen := self._choice.to_rebuild(self.plan, self._under_way.counts, self._rebuild):
             return self._commit_rebuild(chosen)
-        for traffic in self._choice.turns(self.plan, self._counts):
+        for traffic in self._choice.turns(self.plan, self._under_way.counts):
             if chosen := self._choice.tokens(self.plan, traffic):
                 return self._commit(chosen, traffic)
         return self._step_without_entries()
 
     def step_along(self) -> StepPlan | None:
         """A step of prompt chunks to be computed in one pass with the decode step that was just planned."""
-        if not self.plan.separate_prefill or self._counts[Traffic.BULK] >= self.plan.chunks_under_way:
+        if not self.plan.separate_prefill or self._under_way.counts[Traffic.BULK] >= self.plan.chunks_under_way:
             return None
         chosen = self._choice.chunks({}, Traffic.BULK, self.plan.along_tokens)
         return self._commit(chosen, Traffic.BULK) if chosen else None
@@ -179,7 +174,7 @@ class Batcher:
             context_tokens=context // len(decoding) if decoding else 0,
             prompt_tokens_waiting=sum(prompts) + self._residents.tokens_waiting,
             prompts_waiting=len(prompts) + self._residents.num_waiting,
-            window=self._turns.window,
+            window=self._speculation.window,
         )
 
     def report(self) -> HeadReport:
@@ -199,8 +194,8 @@ class Batcher:
             cached_blocks=self._residents.cached_blocks,
             prefix_queries_tokens=self._opened_tokens,
             prefix_hits_tokens=self._cached_tokens,
-            drafted_tokens=self._drafting.drafted,
-            accepted_tokens=self._drafting.accepted,
+            drafted_tokens=self._speculation.drafted,
+            accepted_tokens=self._speculation.accepted,
         )
 
     @property
@@ -216,12 +211,12 @@ class Batcher:
     @property
     def oldest_step(self) -> int | None:
         """Number of the step that has been under way longest."""
-        return next(iter(self._under_way), None)
+        return self._under_way.oldest
 
     def check_invariants(self) -> None:
         """Assert what must hold after every event."""
         self._residents.check_invariants()
-        assert self._counts == {kind: sum(one.traffic is kind for one in self._under_way.values()) for kind in Traffic}
+        self._under_way.check_invariants()
 
     def _on_result(self, step: StepUnderWay, tokens: StepTokens) -> None:
         for name in step.served:
@@ -243,7 +238,9 @@ class Batcher:
             if (sequence := self._known(step, name)) is not None:
                 self._residents.forget(sequence)
         for name, count in gained.items():
-            self._verify(step, name, count - 1)
+            self._speculation.verified(step.served[name], count, in_decode=step.traffic is Traffic.DECODE)
+            if count > 1 and (sequence := self._present(step, name)) is not None:
+                self._speculation.take_over(sequence, count - 1)
         for name in lacking:
             if (sequence := self._present(step, name)) is not None:
                 self._recomputed += 1
@@ -252,7 +249,7 @@ class Batcher:
     def _step_without_entries(self) -> StepPlan | None:
         """A step that only closes sequences, or that shows by its return that no lost one is still on its way."""
         for traffic in Traffic:
-            if not self._counts[traffic] and self._awaits(traffic):
+            if not self._under_way.counts[traffic] and self._awaits(traffic):
                 return self._commit({}, traffic)
         # closes alone are worth a step only if no other will carry them soon
         to_close = None if self._under_way else self._departures.class_to_close()
@@ -291,27 +288,19 @@ class Batcher:
         opens: list[Opening] = []
         traces: dict[str, str] = {}
         drafts: dict[str, tuple[int, ...]] = {}
+        self._speculation.price = self.plan.draft_price
         room = min(self._limits.step_tokens - sum(chosen.values()), MOST_LOGIT_ROWS - len(chosen))
         for name, count in chosen.items():
             sequence = self._running.pop(name)
             self._running[name] = sequence
             start, end = sequence.planned, sequence.planned + count
-            guesses = self._guess(sequence, room) if count == 1 and sequence.is_decoding else ()
+            may_guess = self.can_rewind and count == 1 and sequence.is_open and sequence.is_decoding
+            guesses = self._speculation.guess(sequence, room) if may_guess else ()
             if guesses:
                 drafts[name] = guesses
                 room -= len(guesses)
-            entries.append(
-                Entry(
-                    sequence=sequence.number,
-                    start=start,
-                    count=count + len(guesses),
-                    opens=not sequence.is_open,
-                    logits=Logits.DRAFTS if guesses else sequence.logits_of_chunk(count),
-                    new_blocks=tuple(sequence.unsent_blocks),
-                )
-            )
-            token_ids.extend(sequence.tokens[start:end])
-            token_ids.extend(guesses)
+            entries.append(sequence.entry(count, guesses=len(guesses)))
+            token_ids += (*sequence.tokens[start:end], *guesses)
             if not sequence.is_open:
                 opens.append(sequence.opening())
                 if sequence.is_new:
@@ -353,8 +342,7 @@ class Batcher:
             for name, entry in zip(chosen, entries, strict=True)
             if entry.logits is not Logits.NONE and self._running[name].planned == len(self._running[name].tokens)
         )
-        self._under_way[step] = StepUnderWay(traffic=traffic, served=served, wanted=wanted, closes=closes)
-        self._counts[traffic] += 1
+        self._under_way.put(step, StepUnderWay(traffic=traffic, served=served, wanted=wanted, closes=closes))
         return StepPlan(
             step=step,
             traffic=traffic,
@@ -366,45 +354,6 @@ class Batcher:
             drafts=drafts,
             rebuild=rebuild,
         )
-
-    def _guess(self, sequence: Sequence, room: int) -> tuple[int, ...]:
-        """Tokens to be verified behind the newest one of a sequence that decodes, and blocks for them."""
-        price = self.plan.draft_price
-        if price is None or not self.can_rewind or not sequence.is_open:
-            return ()
-        left = sequence.options.max_tokens - (len(sequence.tokens) - len(sequence.prompt)) - 1
-        guesses = self._drafting.draft(
-            sequence.guesser,
-            sequence.tenant,
-            sequence.tokens,
-            least_chance=price * self._turns.gain,
-            most=min(room, left),
-        )
-        if guesses and not self._residents.has_spare_room(sequence, len(sequence.tokens) + len(guesses)):
-            return ()
-        return guesses
-
-    def _verify(self, step: StepUnderWay, name: str, accepted: int) -> None:
-        """So many guesses of a step were right: their keys and values are on every stage as well."""
-        served = step.served[name]
-        if self.plan.draft_price is not None:
-            self._drafting.remember(served.sequence.tenant, served.sequence.tokens, 1 + accepted)
-        if step.traffic is Traffic.DECODE:
-            self._turns.on_turn(1 + served.drafts, 1 + accepted)
-        if not served.drafts:
-            return
-        self._drafting.learn(served.sequence.guesser, served.drafts, accepted)
-        sequence = self._present(step, name)
-        if sequence is not None and accepted:
-            sequence.planned += accepted
-            sequence.confirmed = sequence.planned
-            self._residents.publish(sequence)
-
-    def _take_off(self, step: int) -> StepUnderWay | None:
-        taken = self._under_way.pop(step, None)
-        if taken is not None:
-            self._counts[taken.traffic] -= 1
-        return taken
 
     def _known(self, step: StepUnderWay, name: str) -> Sequence | None:
         """The sequence that the step served, unless it has gone since (another may have come under its id)."""

@@ -39,7 +39,6 @@ _CHANCE = 0.5
 _REFUSALS_A_TRY = 16
 _FIRST_REFUSALS, _FIRST_REFUSALS_A_TRY = 64, 4
 """Larger steps now and then are also what links and stages are first known by."""
-_TURN_GAIN = 0.02
 
 
 class Source(Enum):
@@ -126,19 +125,6 @@ class Record:
         return (self._right + believed * weight) / (self._verified + weight)
 
 
-class TurnMeter:
-    """What a sequence's turn in a decode step costs and brings, lately: tokens computed and tokens gained."""
-
-    def __init__(self) -> None:
-        self.window = 1.0
-        self.gain = 1.0
-
-    def on_turn(self, computed: int, gained: int) -> None:
-        """A sequence's tokens came back."""
-        self.window += _TURN_GAIN * (computed - self.window)
-        self.gain += _TURN_GAIN * (gained - self.gain)
-
-
 class Guesser:
     """Of one sequence."""
 
@@ -157,8 +143,6 @@ class Drafting:
         self._phrases: OrderedDict[str, Phrases] = OrderedDict()
         """By tenant, who was served longest ago first."""
         self._refusals = 0
-        self.drafted = 0
-        self.accepted = 0
 
     def draft(
         self, guesser: Guesser, tenant: str, tokens: Sequence[int], *, least_chance: float, most: int
@@ -190,8 +174,6 @@ class Drafting:
 
     def learn(self, guesser: Guesser, drafted: int, accepted: int) -> None:
         """The tail has verified guesses of a sequence."""
-        self.drafted += drafted
-        self.accepted += accepted
         self._all[guesser.source].learn(drafted, accepted)
         guesser.records[guesser.source].learn(drafted, accepted)
 
