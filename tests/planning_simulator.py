@@ -67,6 +67,12 @@ class _Prompt:
     at_s: float
     tokens: int
     planned: int = 0
+    goes_apart: bool = False
+    """It has begun in steps of its own."""
+
+    @property
+    def rest(self) -> int:
+        return self.tokens - self.planned
 
 
 @dataclass(slots=True, eq=False)
@@ -241,18 +247,32 @@ class Pipeline:
         if first is None:
             return
         steps = [first]
-        rides = first.traffic is Traffic.DECODE and plan.separate_prefill and plan.along_tokens > 0
-        if rides and self._prompts and self._under_way[Traffic.BULK] < plan.chunks_under_way:
-            steps.append(self._step(Traffic.BULK, [], plan.along_tokens))
+        goes_along = first.traffic is Traffic.DECODE and plan.separate_prefill and plan.along_tokens > 0
+        apart = self._apart(plan)
+        if goes_along and apart and self._under_way[Traffic.BULK] < plan.chunks_under_way:
+            steps.append(self._step(Traffic.BULK, [], apart[0], plan.along_tokens))
         self._compute(0, steps)
 
+    def _riding(self, plan: BatchPlan) -> list[_Prompt]:
+        """`StepChoice._riding`."""
+        riding, room = [], 2 * plan.micro_batches * plan.riding_tokens
+        for prompt in self._prompts:
+            if not prompt.goes_apart and prompt.rest <= room:
+                riding.append(prompt)
+                room -= prompt.rest
+        return riding
+
+    def _apart(self, plan: BatchPlan) -> list[_Prompt]:
+        riding = self._riding(plan)
+        return [prompt for prompt in self._prompts if prompt not in riding]
+
     def _turns(self, plan: BatchPlan) -> list[Traffic]:
-        """`Batcher._turns`."""
+        """`StepChoice.turns`."""
         classes = [Traffic.DECODE]
         if plan.separate_prefill:
-            rides = bool(plan.along_tokens) and self._under_way[Traffic.DECODE] > 0
-            waiting = sum(prompt.tokens - prompt.planned for prompt in self._prompts)
-            if not rides or waiting > 2 * plan.micro_batches * plan.along_tokens:
+            goes_along = bool(plan.along_tokens) and self._under_way[Traffic.DECODE] > 0
+            waiting = sum(prompt.rest for prompt in self._apart(plan))
+            if not goes_along or waiting > 2 * plan.micro_batches * plan.along_tokens:
                 classes.append(Traffic.BULK)
             if self._decode_steps_in_a_row >= plan.micro_batches and not plan.along_tokens:
                 classes.reverse()
@@ -261,31 +281,39 @@ class Pipeline:
 
     def _next_step(self, plan: BatchPlan, traffic: Traffic) -> _Step | None:
         if traffic is Traffic.BULK:
-            return self._step(traffic, [], plan.chunk_tokens) if self._prompts else None
+            apart = self._apart(plan)
+            return self._step(traffic, [], apart[0], plan.chunk_tokens) if apart else None
         shares = bool(self._prompts) and not plan.separate_prefill
         if not self._ready and not shares:
             return None
         most = min(-(-self._sequences // plan.micro_batches), len(self._ready))
         chosen = [self._ready.popleft() for _ in range(most)]
-        return self._step(traffic, chosen, min(plan.chunk_tokens, STEP_TOKENS - most) if shares else 0)
+        if shares:
+            return self._step(traffic, chosen, self._prompts[0], min(plan.chunk_tokens, STEP_TOKENS - most))
+        riding = self._riding(plan)
+        return self._step(traffic, chosen, riding[0] if riding else None, plan.riding_tokens)
 
-    def _step(self, traffic: Traffic, sequences: list[int], most_prompt_tokens: int) -> _Step:
-        step = _Step(traffic, self.now_s, sequences, arrived_at_s=self.now_s)
-        if most_prompt_tokens:
-            step.prompt = prompt = self._prompts[0]
-            step.prompt_tokens = min(prompt.tokens - prompt.planned, most_prompt_tokens)
+    def _step(self, traffic: Traffic, sequences: list[int], prompt: _Prompt | None, most_prompt_tokens: int) -> _Step:
+        step = _Step(traffic, self.now_s, sequences, prompt, arrived_at_s=self.now_s)
+        if prompt is not None:
+            prompt.goes_apart |= traffic is Traffic.BULK
+            step.prompt_tokens = min(prompt.rest, most_prompt_tokens)
             prompt.planned += step.prompt_tokens
             if prompt.planned == prompt.tokens:
                 step.ends_prompt = True
-                self._prompts.popleft()
+                self._prompts.remove(prompt)
         step.close()
         self._under_way[traffic] += 1
         self._decode_steps_in_a_row = 0 if traffic is Traffic.BULK else self._decode_steps_in_a_row + 1
         return step
 
     def _plan(self) -> BatchPlan:
-        waiting = sum(prompt.tokens - prompt.planned for prompt in self._prompts)
-        demand = Demand(decoding=self._sequences, context_tokens=CONTEXT_TOKENS, prompt_tokens_waiting=waiting)
+        demand = Demand(
+            decoding=self._sequences,
+            context_tokens=CONTEXT_TOKENS,
+            prompt_tokens_waiting=sum(prompt.rest for prompt in self._prompts),
+            prompts_waiting=len(self._prompts),
+        )
         self.plan = self.planner.plan(demand, self.now_s)
         if not self.counts or self.counts[-1][1] != self.plan.micro_batches:
             self.counts.append((self.now_s, self.plan.micro_batches))

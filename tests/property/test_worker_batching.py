@@ -154,6 +154,7 @@ PLANS = st.builds(
     chunk_tokens=st.integers(1, 9),
     chunks_under_way=st.integers(1, 3),
     separate_prefill=st.booleans(),
+    riding_tokens=st.integers(0, 5),
     draft_price=st.sampled_from((None, 0.0, 0.2)),
 )
 
@@ -336,15 +337,16 @@ def test_the_allocator_never_loses_or_doubles_a_block(moves: list[tuple[int, int
     st.integers(1, 4),
     st.integers(1, 20),
     st.booleans(),
+    st.sampled_from((0, 2, 15)),
     st.sampled_from((None, 0.0, 0.2)),
 )
 def test_without_trouble_every_sequence_gets_all_its_tokens(
-    wishes: list[tuple[int, int]], most: int, chunk: int, separate: bool, price: float | None
+    wishes: list[tuple[int, int]], most: int, chunk: int, separate: bool, riding: int, price: float | None
 ) -> None:
     limits = BatchLimits(num_blocks=64, block_size=4, step_tokens=16, max_running=8)
     plan = BatchPlan(
         micro_batches=most, chunk_tokens=chunk, chunks_under_way=3, separate_prefill=separate, along_tokens=chunk,
-        draft_price=price,
+        riding_tokens=riding, draft_price=price,
     )  # fmt: skip
     batcher, stages = Batcher(limits, plan), Stages(limits)
     for number, (prompt, new) in enumerate(wishes):

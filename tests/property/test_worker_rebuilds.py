@@ -127,11 +127,14 @@ class RebuildMachine(RuleBasedStateMachine):
         self.batcher.stop(name)
         del self.prompts[name]
 
-    @rule(chunk=st.integers(1, 8), separate=st.booleans(), micro_batches=st.integers(1, 3), guesses=st.booleans())
-    def plan_anew(self, chunk: int, separate: bool, micro_batches: int, guesses: bool) -> None:
+    @rule(
+        chunk=st.integers(1, 8), separate=st.booleans(), riding=st.sampled_from((0, 3)),
+        micro_batches=st.integers(1, 3), guesses=st.booleans(),
+    )  # fmt: skip
+    def plan_anew(self, chunk: int, separate: bool, riding: int, micro_batches: int, guesses: bool) -> None:
         self.batcher.plan = BatchPlan(
             micro_batches=micro_batches, chunk_tokens=chunk, chunks_under_way=2, separate_prefill=separate,
-            draft_price=0.0 if guesses else None,
+            riding_tokens=riding, draft_price=0.0 if guesses else None,
         )  # fmt: skip
 
     @rule()

@@ -10,10 +10,10 @@ from molink_common.messages import PipelinePolicy, Scheduling, Speculation
 from molink_common.wire import MAX_STEP_TOKENS, Traffic
 from molink_stage_worker.batch_plan import BatchPlan
 from molink_stage_worker.planning import Demand, Planner, StepObservation
-from molink_stage_worker.planning.chunks import grid, separates
+from molink_stage_worker.planning.chunks import grid
 from molink_stage_worker.planning.cycle import Bottleneck, Machine, distinct_counts, predict
 from molink_stage_worker.planning.published import published_micro_batches
-from molink_stage_worker.planning.ring import NO_LINKS, Links
+from molink_stage_worker.planning.ring import Links
 from molink_stage_worker.planning.stage_cost import StageCurve
 
 FLAT = StageCurve(
@@ -38,7 +38,9 @@ def make_demand(decoding: int) -> Demand:
     return Demand(decoding=decoding, context_tokens=60, prompt_tokens_waiting=0)
 
 
-def feed(planner: Planner, *, steps: int, since_s: float, tokens: int = 8, links_s: float = 0.04) -> float:
+def feed(
+    planner: Planner, *, steps: int, since_s: float, tokens: int = 8, links_s: float = 0.04, stages: int = 2
+) -> float:
     """Steps of an affine machine; the time after them."""
     now_s = since_s
     for _ in range(steps):
@@ -47,8 +49,8 @@ def feed(planner: Planner, *, steps: int, since_s: float, tokens: int = 8, links
         planner.on_step(
             StepObservation(
                 traffic=Traffic.DECODE, tokens=tokens, sequences=tokens, context_tokens=60 * tokens,
-                decode_tokens=tokens, payload_bytes=16384 * tokens, compute_s=(compute_s, compute_s),
-                waited_s=(0.0, 0.0), ring_s=2 * compute_s + links_s,
+                decode_tokens=tokens, payload_bytes=16384 * tokens, compute_s=(compute_s,) * stages,
+                waited_s=(0.0,) * stages, ring_s=stages * compute_s + links_s,
             ),
             now_s,
         )  # fmt: skip
@@ -64,8 +66,6 @@ def test_before_a_link_is_known_nothing_large_goes_at_once() -> None:
     large = Planner(num_stages=2, token_bytes=16384, step_tokens=1024, policy=PipelinePolicy())
     plan = large.plan(make_demand(32), 0.0)
     assert plan == BatchPlan(micro_batches=2, chunk_tokens=16, chunks_under_way=4, separate_prefill=True)
-    small = Planner(num_stages=2, token_bytes=1152, step_tokens=128, policy=PipelinePolicy())
-    assert not small.plan(make_demand(32), 0.0).separate_prefill
     alone = Planner(num_stages=1, token_bytes=16384, step_tokens=1024, policy=PipelinePolicy())
     assert not alone.plan(make_demand(32), 0.0).separate_prefill
 
@@ -143,12 +143,25 @@ def test_it_reports_costs_and_the_bottleneck() -> None:
 
 
 def test_a_latency_target_bounds_a_shared_chunk() -> None:
-    planner = make_planner(latency_target_s=0.1)
-    now_s = feed(planner, steps=50, since_s=0.0, tokens=64)
-    planner.on_link(12.5e9, 0.03)
+    planner = make_planner(num_stages=1, latency_target_s=0.1)
+    now_s = feed(planner, steps=50, since_s=0.0, tokens=64, links_s=0.0, stages=1)
     plan = planner.plan(make_demand(8), now_s)
     assert not plan.separate_prefill
     assert plan.chunk_tokens < 64
+
+
+def test_short_prompts_ride_where_they_would_wait_and_not_before() -> None:
+    planner = make_planner()
+    planner.on_link(1.25e9, 0.001)
+    now_s = 0.0
+    for tokens in (16, 32, 64) * 20:
+        now_s = feed(planner, steps=1, since_s=now_s, tokens=tokens, links_s=0.001)
+    few = planner.plan(make_demand(64), now_s)
+    one = replace(make_demand(64), prompt_tokens_waiting=32, prompts_waiting=1)
+    one_waits = [planner.plan(one, now_s + second) for second in range(1, 20)][-1]
+    crowd = replace(one, prompt_tokens_waiting=1500, prompts_waiting=20)
+    crowd_waits = [planner.plan(crowd, now_s + second) for second in range(20, 40)][-1]
+    assert few.along_tokens == few.riding_tokens < one_waits.riding_tokens < crowd_waits.riding_tokens <= 64
 
 
 def test_each_bound_of_a_cycle() -> None:
@@ -174,20 +187,6 @@ def test_counts_that_make_no_difference_are_left_out() -> None:
     assert distinct_counts(1) == [1]
     assert distinct_counts(8) == [1, 2, 3, 4, 8]
     assert distinct_counts(1000)[-1] <= 64
-
-
-def test_prompts_go_apart_where_they_would_hold_decode_up_and_together_again_only_far_below() -> None:
-    def apart(rate_bytes_per_s: float | None, *, is_separate: bool) -> bool:
-        machine = replace(MACHINE, links=replace(LINKS, rate_bytes_per_s=rate_bytes_per_s))
-        return separates(machine, step_tokens=256, cycle_s=0.1, is_separate=is_separate)
-
-    assert apart(None, is_separate=True)
-    assert not apart(None, is_separate=False)
-    assert apart(25e6, is_separate=False)
-    assert not apart(26e6, is_separate=False)
-    assert apart(26e6, is_separate=True)
-    assert not apart(52e6, is_separate=True)
-    assert not separates(replace(MACHINE, links=NO_LINKS), step_tokens=256, cycle_s=0.1, is_separate=False)
 
 
 def test_sizes_of_chunks() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from molink_common.wire import Entry, Logits
-from molink_stage_worker.planning.chunks import along_tokens
-from molink_stage_worker.planning.cycle import Machine
-from molink_stage_worker.planning.ring import NO_LINKS
+from molink_stage_worker.planning.chunks import along_tokens, riding_tokens
+from molink_stage_worker.planning.cycle import Cycle, Machine
+from molink_stage_worker.planning.ring import NO_LINKS, Links
 from molink_stage_worker.planning.stage_cost import StageCurve
 from molink_stage_worker.planning.step_load import StepLoad, pays_together
 
@@ -111,3 +113,42 @@ def test_a_try_is_one_size_more() -> None:
 def test_never_more_than_a_chunk() -> None:
     assert along(ROOFLINE, size=4, chunk_tokens=16) == 16
     assert along(ROOFLINE, size=4, chunk_tokens=16, tries=True) == 16
+
+
+# --- prompts that ride in a step ------------------------------------------------------------------------------
+
+
+def riding(
+    *curves: StageCurve, wanted: float, least: int = 8, chunk_tokens: int = 8,
+    rate_bytes_per_s: float | None = 12.5e6, busy: float = 0.9,
+) -> int:  # fmt: skip
+    cycle = Cycle(
+        micro_batches=2, size=16, stages_s=(0.1 * busy,), stage_s=0.1 * busy, link_s=0.0, ring_s=0.1, cycle_s=0.1
+    )  # fmt: skip
+    links = Links(latency_s=0.0, s_per_byte=None, seen_bytes=1.0, rate_bytes_per_s=rate_bytes_per_s)
+    return riding_tokens(
+        replace(machine(*curves), links=links), cycle=cycle, size=16, context_tokens=60, least=least, wanted=wanted,
+        chunk_tokens=chunk_tokens, most=256,
+    )  # fmt: skip
+
+
+def test_what_is_free_rides_and_more_where_prompts_wait() -> None:
+    assert riding(AFFINE, wanted=0.0) == 8
+    assert riding(AFFINE, wanted=13.0) == 16
+
+
+def test_no_step_becomes_much_longer_for_those_who_ride() -> None:
+    assert riding(AFFINE, wanted=1000.0) == 16  # 24 ms for the 16 that decode, 18 more are allowed
+    assert riding(AFFINE, wanted=1000.0, chunk_tokens=16) == 24  # what a chunk of 16 takes
+    assert riding(ROOFLINE, wanted=1000.0) == 48  # 16 ms, as many for a chunk, 32 with 64 tokens
+
+
+def test_nobody_rides_where_a_link_would_notice() -> None:
+    assert riding(AFFINE, wanted=16.0, rate_bytes_per_s=2.5e6) == 12  # 5 ms: 12.5 KB
+    assert riding(AFFINE, wanted=16.0, rate_bytes_per_s=1e6) == 0
+    assert riding(ROOFLINE, least=28, wanted=1000.0, rate_bytes_per_s=2.5e6) == 12
+    assert riding(ROOFLINE, wanted=1000.0, rate_bytes_per_s=None) == 48
+
+
+def test_a_stage_with_time_to_spare_computes_prompts_at_once() -> None:
+    assert riding(AFFINE, wanted=16.0, busy=0.2) == 0

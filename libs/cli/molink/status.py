@@ -137,6 +137,8 @@ def _plan(pipeline: PipelineState) -> str:
         return "unknown"
     how = "fixed" if policy.micro_batches is not None else str(policy.scheduling)
     prompts = "in steps of their own" if head.separate_prefill else "with decode"
+    if head.riding_tokens:
+        prompts = f"{prompts}, short ones with decode"
     cycle = "" if head.cycle_s is None else f", a token every {head.cycle_s * 1e3:.0f} ms"
     plan = f"{head.micro_batches} micro-batches ({how}){cycle}; prompts {prompts}, {head.chunk_tokens} tokens a chunk"
     return f"{plan}{_guesses(head)}"

@@ -43,6 +43,8 @@ class BatchPlan:
     along_tokens: int = 0
     """With `separate_prefill`: prompt tokens that the head may compute in one pass with a decode step, as a step of
     their own. They cost little there, since the pass reads the weights anyway."""
+    riding_tokens: int = 0
+    """With `separate_prefill`: most tokens of short prompts that go in a decode step itself."""
     draft_price: float | None = None
     """What one guess more for every sequence that decodes adds to a cycle, as a share of it. None: nobody guesses."""
 

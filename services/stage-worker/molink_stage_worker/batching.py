@@ -157,7 +157,7 @@ class Batcher:
         """A step of prompt chunks to be computed in one pass with the decode step that was just planned."""
         if not self.plan.separate_prefill or self._under_way.counts[Traffic.BULK] >= self.plan.chunks_under_way:
             return None
-        chosen = self._choice.chunks({}, Traffic.BULK, self.plan.along_tokens)
+        chosen = self._choice.along(self.plan)
         return self._commit(chosen, Traffic.BULK) if chosen else None
 
     def take_failed(self) -> tuple[str, ...]:

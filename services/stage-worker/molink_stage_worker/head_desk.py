@@ -118,6 +118,7 @@ class HeadDesk:
                 "micro_batches": self._batcher.plan.micro_batches,
                 "chunk_tokens": min(self._batcher.plan.chunk_tokens, MAX_STEP_TOKENS),
                 "along_tokens": self._batcher.plan.along_tokens,
+                "riding_tokens": self._batcher.plan.riding_tokens,
                 "separate_prefill": self._batcher.plan.separate_prefill,
                 "cycle_s": planner.cycle_s,
                 "costs": planner.costs,

@@ -13,6 +13,8 @@ from molink_stage_worker.residents import Residents
 _PART_BESIDE_NEWCOMER = 8
 """While a tenant waits for a first token, those that were served more get this part of a decode step: a step of all
 their sequences would delay it by all of their computing, and a token later costs them little."""
+_RIDING_CYCLES = 2
+"""Prompts that would take longer to get on with decode steps go apart."""
 _LEAST_REBUILDS_UNDER_WAY = 2
 """So that the stage that is rebuilt computes one step while the next one is on its way."""
 
@@ -43,27 +45,58 @@ class StepChoice:
         return tuple(traffic for traffic in classes if counts[traffic] < most[traffic])
 
     def _has_backlog(self, plan: BatchPlan) -> bool:
-        """Whether prompts would need more than two cycles to ride along."""
-        waiting = sum(one.unplanned for one in self._residents.running.values() if not one.is_decoding)
-        return waiting > 2 * plan.micro_batches * plan.along_tokens
+        """Whether prompts that do not ride would take longer if they only went along with decode steps."""
+        riding = self._riding(plan)
+        waiting = sum(
+            one.unplanned for one in self._residents.running.values() if not one.is_decoding and one.id not in riding
+        )
+        return waiting > _RIDING_CYCLES * plan.micro_batches * plan.along_tokens
+
+    def _riding(self, plan: BatchPlan) -> frozenset[str]:
+        """Whose prompts go in decode steps themselves: who has waited longest, as many as fit into two cycles."""
+        running = self._residents.running.values()
+        if not plan.separate_prefill or not plan.riding_tokens or not any(one.is_decoding for one in running):
+            return frozenset()
+        riding: set[str] = set()
+        room = _RIDING_CYCLES * plan.micro_batches * plan.riding_tokens
+        for one in running:
+            if 0 < one.unplanned <= room and not one.is_decoding and self._may_go_on(one, Traffic.DECODE):
+                riding.add(one.id)
+                room -= one.unplanned
+        return frozenset(riding)
 
     def tokens(self, plan: BatchPlan, traffic: Traffic) -> dict[str, int]:
         """How many tokens of whom."""
+        if traffic is Traffic.BULK:
+            return self._apart(plan, plan.chunk_tokens)
         chosen: dict[str, int] = {}
-        if traffic is Traffic.DECODE:
-            self._choose_decode(plan, chosen)
-        if traffic is Traffic.BULK or not plan.separate_prefill:
-            is_urgent = not plan.separate_prefill and self._newcomer() is not None
-            chunks = self.chunks(chosen, traffic, self._limits.step_tokens if is_urgent else plan.chunk_tokens)
-            chosen |= chunks
+        riding = self._riding(plan)
+        self._choose_decode(plan, chosen, riding)
+        if not plan.separate_prefill:
+            is_urgent = self._newcomer() is not None
+            return chosen | self._chunks(chosen, traffic, self._limits.step_tokens if is_urgent else plan.chunk_tokens)
+        if riding and chosen:
+            return chosen | self._chunks(chosen, traffic, plan.riding_tokens, only=riding)
         return chosen
 
-    def _choose_decode(self, plan: BatchPlan, chosen: dict[str, int]) -> None:
+    def along(self, plan: BatchPlan) -> dict[str, int]:
+        """How many tokens of whose prompts for a step to be computed in one pass with a decode step."""
+        return self._apart(plan, plan.along_tokens)
+
+    def _apart(self, plan: BatchPlan, most_tokens: int) -> dict[str, int]:
+        """Of those prompts that do not go in decode steps themselves."""
+        riding = self._riding(plan)
+        apart = frozenset(name for name in self._residents.running if name not in riding) if riding else None
+        return self._chunks({}, Traffic.BULK, most_tokens, only=apart)
+
+    def _choose_decode(self, plan: BatchPlan, chosen: dict[str, int], riding: frozenset[str]) -> None:
         decoding = sum(sequence.is_decoding for sequence in self._residents.running.values())
         room = self._limits.step_tokens
         ready = next((sequence for sequence in self._residents.running.values() if sequence.unplanned), None)
         if ready is not None and not ready.is_decoding and not plan.separate_prefill:
             room -= max(room // 4, 1)  # a prompt has waited longest: many decode sequences must not keep it out
+        if riding:
+            room = max(room - plan.riding_tokens, 1)
         share = min(-(-decoding // plan.micro_batches), room)
         newcomer = self._newcomer()
         room_beside_newcomer = max(share // _PART_BESIDE_NEWCOMER, 1)
@@ -91,7 +124,9 @@ class StepChoice:
     def _served(self, sequence: Sequence) -> int:
         return self._residents.shares.served(sequence.tenant)
 
-    def chunks(self, taken: dict[str, int], traffic: Traffic, most_tokens: int) -> dict[str, int]:
+    def _chunks(
+        self, taken: dict[str, int], traffic: Traffic, most_tokens: int, only: frozenset[str] | None = None
+    ) -> dict[str, int]:
         """How many tokens of whose prompts, beside those `taken`; `taken` loses who has to give way for them."""
         for sequence in self._residents.running.values():
             if sequence.is_new:
@@ -100,6 +135,7 @@ class StepChoice:
             sequence
             for sequence in list(self._residents.running.values())
             if sequence.unplanned
+            and (only is None or sequence.id in only)
             and not self._may_decode(sequence)
             and self._may_go_on(sequence, traffic)
             and self._residents.make_room(sequence, len(sequence.tokens), taken)

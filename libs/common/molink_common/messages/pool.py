@@ -139,9 +139,11 @@ class HeadReport(BaseModel):
     chunk_tokens: Count = 0
     """Most prompt tokens a step."""
     along_tokens: Count = 0
-    """Most prompt tokens that ride along with a decode step."""
+    """Most prompt tokens of a step of their own that is computed in one pass with a decode step."""
+    riding_tokens: Count = 0
+    """Most tokens of short prompts in a decode step itself."""
     separate_prefill: bool = False
-    """Whether prompts are computed in steps of their own, because their activations would hold decode up."""
+    """Whether prompts are computed in steps of their own, but for those that ride in decode steps."""
     cycle_s: float | None = None
     """Predicted time between two tokens of a stream."""
     costs: tuple[StageCostReport, ...] = ()

@@ -1,4 +1,4 @@
-"""How prompts are cut: how large a chunk, whether in steps of its own, and how many of those under way."""
+"""How prompts are cut: how large a chunk, what rides with decode steps, how many steps of their own are under way."""
 
 from __future__ import annotations
 
@@ -23,34 +23,21 @@ _WASTE_ALONE = 1.1
 _MOST_STALL_SHARE = 0.4
 _BELIEVED_BEYOND = 2.0
 """Costs are believed for sizes up to so many times the largest that was measured."""
-_DELAY_SHARE = 0.1
-_LEAST_DELAY_S = 0.005
-_TOGETHER_AGAIN = 0.5
 _LEAST_FREE_SHARE = 0.1
 _ALONG_DELAY = 0.2
 """Of a decode step's time: what a chunk that rides along may add."""
-
-
-def separates(machine: Machine, *, step_tokens: int, cycle_s: float, is_separate: bool) -> bool:
-    """Whether prompts go in steps of their own.
-
-    They do while nobody knows the link (see `starts_separate`), and when a full step's prompt tokens would hold its
-    decode tokens up on the slowest link for longer than a tenth of a cycle. Once they are apart, they stay so until
-    it is half of that.
-    """
-    rate = machine.links.rate_bytes_per_s
-    if rate is None:
-        return is_separate
-    allowed_s = max(_DELAY_SHARE * cycle_s, _LEAST_DELAY_S)
-    return step_tokens * machine.token_bytes / rate > allowed_s * (_TOGETHER_AGAIN if is_separate else 1.0)
-
-
-def starts_separate(*, step_tokens: int, token_bytes: int) -> bool:
-    """Whether to begin with prompts in steps of their own, before the link is known.
-
-    A full step that holds a slow link up for seconds would look like a cut one. Pieces within a window do no harm.
-    """
-    return step_tokens * token_bytes > _UNKNOWN_LINK_BYTES
+_RIDING_DELAY = 0.75
+"""Of a decode step's time: what short prompts in it may add."""
+_RIDING_BUSY = 0.3
+"""The share of its time that the busiest stage computes, from which on short prompts ride."""
+_RIDING_LINK_SHARE = 0.05
+"""Of a cycle: what short prompts in a step may take of a link."""
+_RIDING_LEAST_LINK_S = 0.005
+"""What they may always take."""
+_RIDING_UNKNOWN_BYTES = 64 * 1024
+"""In a step, where no link's rate is known."""
+SHORT_PROMPT = 64
+"""Tokens. Who brings more waits longer: of a longer prompt so many count as to be computed soon."""
 
 
 def starting_chunk_tokens(*, step_tokens: int, token_bytes: int) -> int:
@@ -132,11 +119,59 @@ def along_tokens(machine: Machine, *, chunk_tokens: int, context_tokens: int, si
     return sizes[min(max(pays + tries, 1), len(sizes)) - 1]
 
 
+def riding_tokens(
+    machine: Machine,
+    *,
+    cycle: Cycle,
+    size: int,
+    context_tokens: int,
+    least: int,
+    wanted: float,
+    chunk_tokens: int,
+    most: int,
+) -> int:
+    """Tokens of short prompts to put into a decode step of `size` sequences itself. 0: they go apart.
+
+    While stages are busy a step of its own costs everybody another pass, and waits behind those who decode. So the
+    prompts that wait get the `wanted` tokens a step that bring them on within a cycle, or the `least` that cost next
+    to nothing. But no step shall be longer for it than by three quarters or by a chunk's step of its own, nor hold the
+    slowest link up for more than a twentieth of a cycle. Where stages have time to spare, a step of its own is
+    computed at once.
+    """
+    if cycle.stage_s < _RIDING_BUSY * cycle.cycle_s:
+        return 0
+    rate = machine.links.rate_bytes_per_s
+    link_s = max(_RIDING_LINK_SHARE * cycle.cycle_s, _RIDING_LEAST_LINK_S)
+    most_bytes = _RIDING_UNKNOWN_BYTES if rate is None else rate * link_s
+    most = min(most, int(most_bytes / machine.token_bytes))
+    decode = StepLoad(tokens=size, prompt_tokens=0, sequences=size, context_tokens=size * context_tokens)
+    riding = least if least <= most else 0
+    for count in _ALONG_SIZES:
+        if riding >= wanted or count > most:
+            break
+        chunk = StepLoad(tokens=count, prompt_tokens=count, sequences=1, context_tokens=context_tokens)
+        allowed = all(
+            _delay_s(curve, decode, chunk)
+            <= max(_RIDING_DELAY * _time_s(curve, decode), curve.compute_s(chunk_tokens, 1, context_tokens))
+            for curve in machine.stages
+        )
+        if not allowed:
+            break
+        riding = max(riding, count)
+    return riding
+
+
 def _rides_along(curve: StageCurve, decode: StepLoad, chunk: StepLoad) -> bool:
-    alone_s = curve.compute_s(decode.tokens, decode.sequences, decode.context_tokens)
-    both = decode + chunk
-    both_s = curve.compute_s(both.tokens, both.sequences, both.context_tokens)
-    return both_s <= (1.0 + _ALONG_DELAY) * alone_s and pays_together(curve, decode, chunk)
+    is_short = _delay_s(curve, decode, chunk) <= _ALONG_DELAY * _time_s(curve, decode)
+    return is_short and pays_together(curve, decode, chunk)
+
+
+def _delay_s(curve: StageCurve, decode: StepLoad, chunk: StepLoad) -> float:
+    return _time_s(curve, decode + chunk) - _time_s(curve, decode)
+
+
+def _time_s(curve: StageCurve, load: StepLoad) -> float:
+    return curve.compute_s(load.tokens, load.sequences, load.context_tokens)
 
 
 def chunks_under_way(machine: Machine, *, chunk_tokens: int, context_tokens: int, cycle: Cycle | None) -> int:

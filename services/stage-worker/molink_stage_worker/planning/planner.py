@@ -25,6 +25,7 @@ _THOUGHTS_A_TRY = 6
 _PROMPT_SHARE_OVER_S = 3.0
 _MOST_PROMPT_SHARE = 0.7
 _LEAST_PROMPT_SHARE = 0.01
+_WANTED_GAIN = 0.3
 _CHUNK_CHANGE = 1.4
 _CHUNK_REST_S = 3.0
 _CHUNK_JUMP = 2.0
@@ -63,6 +64,8 @@ class Planner:
         self._planned_at_s: float | None = None
         self._planned_for: Demand | None = None
         self._cut_at_s: float | None = None
+        self._wanted_a_step = 0.0
+        """Prompt tokens in each decode step that would bring those that wait on within a cycle; smoothed."""
         self._meter = CycleMeter()
         self._thoughts = 0
         self._choice = MicroBatchChoice(self._plan.micro_batches)
@@ -163,10 +166,6 @@ class Planner:
             alone = replace(machine, prompt_shares=(0.0,) * self._num_stages)
             decode_only_s = self._cycle_of(alone, demand, micro_batches).cycle_s
         separate = self._plan.separate_prefill
-        if decode_only_s is not None or not separate:
-            separate = chunks.separates(
-                machine, step_tokens=self._step_tokens, cycle_s=decode_only_s or 0.0, is_separate=separate
-            )
         if separate:
             wanted = chunks.separate_chunk_tokens(
                 machine,
@@ -184,8 +183,8 @@ class Planner:
                 size=_tokens_of(demand, micro_batches),
                 latency_target_s=self._latency_target_s,
             )
-        chunk_tokens = self._damped(wanted, separate, now_s)
-        along_tokens = 0
+        chunk_tokens = self._damped(wanted, now_s)
+        along_tokens = riding_tokens = 0
         if separate and demand.decoding:
             along_tokens = chunks.along_tokens(
                 machine,
@@ -194,6 +193,7 @@ class Planner:
                 size=_tokens_of(demand, micro_batches),
                 tries=self._thoughts % _THOUGHTS_A_TRY == 0,
             )
+            riding_tokens = self._riding_tokens(machine, demand, micro_batches, along_tokens, chunk_tokens)
         return BatchPlan(
             micro_batches=micro_batches,
             chunk_tokens=chunk_tokens,
@@ -205,6 +205,7 @@ class Planner:
             ),
             separate_prefill=separate,
             along_tokens=along_tokens,
+            riding_tokens=riding_tokens,
             draft_price=self._draft_price(machine, demand, micro_batches),
         )
 
@@ -216,14 +217,31 @@ class Planner:
         now_s = self._cycle_of(machine, demand, micro_batches).cycle_s
         return self._cycle_of(machine, more, micro_batches).cycle_s / now_s - 1.0
 
-    def _damped(self, wanted: int, separate: bool, now_s: float) -> int:
+    def _riding_tokens(
+        self, machine: Machine, demand: Demand, micro_batches: int, least: int, chunk_tokens: int
+    ) -> int:
+        waiting = min(demand.prompt_tokens_waiting, chunks.SHORT_PROMPT * demand.prompts_waiting)
+        self._wanted_a_step += _WANTED_GAIN * (waiting / micro_batches - self._wanted_a_step)
+        if self._cycle is None:
+            return 0
+        return chunks.riding_tokens(
+            machine,
+            cycle=self._cycle,
+            size=_tokens_of(demand, micro_batches),
+            context_tokens=demand.context_tokens,
+            least=least,
+            wanted=self._wanted_a_step,
+            chunk_tokens=chunk_tokens,
+            most=self._step_tokens // 2,
+        )
+
+    def _damped(self, wanted: int, now_s: float) -> int:
         """The chunk size to have when `wanted` would be best: a new one only now and then, and for a real gain."""
         before = self._plan.chunk_tokens
-        if separate == self._plan.separate_prefill:
-            is_near = before <= _CHUNK_CHANGE * wanted and wanted <= _CHUNK_CHANGE * before
-            is_resting = self._cut_at_s is not None and now_s - self._cut_at_s < _CHUNK_REST_S
-            if is_near or (is_resting and wanted < _CHUNK_JUMP * before):
-                return before
+        is_near = before <= _CHUNK_CHANGE * wanted and wanted <= _CHUNK_CHANGE * before
+        is_resting = self._cut_at_s is not None and now_s - self._cut_at_s < _CHUNK_REST_S
+        if is_near or (is_resting and wanted < _CHUNK_JUMP * before):
+            return before
         self._cut_at_s = now_s
         return wanted
 
@@ -283,7 +301,7 @@ class Planner:
                 )
             case Scheduling.ADAPTIVE:
                 sizes = {"step_tokens": self._step_tokens, "token_bytes": self._token_bytes}
-                separate = self._num_stages > 1 and chunks.starts_separate(**sizes)
+                separate = self._num_stages > 1
                 return BatchPlan(
                     micro_batches=fixed or self._num_stages,
                     chunk_tokens=chunks.starting_chunk_tokens(**sizes) if separate else self._step_tokens,
