@@ -119,9 +119,13 @@ def test_never_more_than_a_chunk() -> None:
 
 
 def riding(
-    *curves: StageCurve, wanted: float, least: int = 8, chunk_tokens: int = 8,
-    rate_bytes_per_s: float | None = 12.5e6, busy: float = 0.9,
-) -> int:  # fmt: skip
+    *curves: StageCurve,
+    wanted: float = 0.0,
+    least: int = 8,
+    chunk_tokens: int = 16,
+    rate_bytes_per_s: float | None = 12.5e6,
+    busy: float = 0.9,
+) -> int:
     cycle = Cycle(
         micro_batches=2, size=16, stages_s=(0.1 * busy,), stage_s=0.1 * busy, link_s=0.0, ring_s=0.1, cycle_s=0.1
     )  # fmt: skip
@@ -133,21 +137,26 @@ def riding(
 
 
 def test_what_is_free_rides_and_more_where_prompts_wait() -> None:
-    assert riding(AFFINE, wanted=0.0) == 8
+    assert riding(AFFINE) == 8
     assert riding(AFFINE, wanted=13.0) == 16
 
 
+def test_more_ride_only_where_that_is_cheaper_than_a_step_of_their_own() -> None:
+    assert riding(AFFINE, wanted=16.0) == 16  # 1 ms a token, 1.5 in a chunk of 16
+    assert riding(AFFINE, wanted=16.0, chunk_tokens=64) == 8  # 1.1
+    assert riding(ROOFLINE, wanted=40.0, least=16, chunk_tokens=32) == 16  # 0.5 ms a token from here on, as apart
+
+
 def test_no_step_becomes_much_longer_for_those_who_ride() -> None:
-    assert riding(AFFINE, wanted=1000.0) == 16  # 24 ms for the 16 that decode, 18 more are allowed
+    assert riding(AFFINE, wanted=1000.0, chunk_tokens=8) == 16  # 24 ms for the 16 that decode, 18 more are allowed
     assert riding(AFFINE, wanted=1000.0, chunk_tokens=16) == 24  # what a chunk of 16 takes
-    assert riding(ROOFLINE, wanted=1000.0) == 48  # 16 ms, as many for a chunk, 32 with 64 tokens
 
 
 def test_nobody_rides_where_a_link_would_notice() -> None:
     assert riding(AFFINE, wanted=16.0, rate_bytes_per_s=2.5e6) == 12  # 5 ms: 12.5 KB
     assert riding(AFFINE, wanted=16.0, rate_bytes_per_s=1e6) == 0
-    assert riding(ROOFLINE, least=28, wanted=1000.0, rate_bytes_per_s=2.5e6) == 12
-    assert riding(ROOFLINE, wanted=1000.0, rate_bytes_per_s=None) == 48
+    assert riding(ROOFLINE, least=28, rate_bytes_per_s=2.5e6) == 0
+    assert riding(AFFINE, wanted=1000.0, rate_bytes_per_s=None) == 24
 
 
 def test_a_stage_with_time_to_spare_computes_prompts_at_once() -> None:

@@ -30,6 +30,8 @@ _RIDING_DELAY = 0.75
 """Of a decode step's time: what short prompts in it may add."""
 _RIDING_BUSY = 0.3
 """The share of its time that the busiest stage computes, from which on short prompts ride."""
+_RIDING_PRICE = 0.8
+"""Of what a token costs in a step of its own: what one that rides may cost."""
 _RIDING_LINK_SHARE = 0.05
 """Of a cycle: what short prompts in a step may take of a link."""
 _RIDING_LEAST_LINK_S = 0.005
@@ -133,10 +135,10 @@ def riding_tokens(
     """Tokens of short prompts to put into a decode step of `size` sequences itself. 0: they go apart.
 
     While stages are busy a step of its own costs everybody another pass, and waits behind those who decode. So the
-    prompts that wait get the `wanted` tokens a step that bring them on within a cycle, or the `least` that cost next
-    to nothing. But no step shall be longer for it than by three quarters or by a chunk's step of its own, nor hold the
-    slowest link up for more than a twentieth of a cycle. Where stages have time to spare, a step of its own is
-    computed at once.
+    `least` ride that cost next to nothing, and up to the `wanted` ones where they cost clearly less than in steps of
+    their own. (Where they cost as much, those at least go into the gaps that decode leaves.) But no step shall be
+    longer for it than by three quarters or by a chunk's step of its own, nor hold the slowest link up for more than a
+    twentieth of a cycle. Where stages have time to spare, a step of its own is computed at once.
     """
     if cycle.stage_s < _RIDING_BUSY * cycle.cycle_s:
         return 0
@@ -145,29 +147,37 @@ def riding_tokens(
     most_bytes = _RIDING_UNKNOWN_BYTES if rate is None else rate * link_s
     most = min(most, int(most_bytes / machine.token_bytes))
     decode = StepLoad(tokens=size, prompt_tokens=0, sequences=size, context_tokens=size * context_tokens)
-    riding = least if least <= most else 0
-    for count in _ALONG_SIZES:
-        if riding >= wanted or count > most:
-            break
+    chunks_s = [curve.compute_s(chunk_tokens, 1, context_tokens) for curve in machine.stages]
+
+    def delays_s(count: int) -> list[float]:
         chunk = StepLoad(tokens=count, prompt_tokens=count, sequences=1, context_tokens=context_tokens)
-        allowed = all(
-            _delay_s(curve, decode, chunk)
-            <= max(_RIDING_DELAY * _time_s(curve, decode), curve.compute_s(chunk_tokens, 1, context_tokens))
-            for curve in machine.stages
-        )
-        if not allowed:
+        return [_time_s(curve, decode + chunk) - _time_s(curve, decode) for curve in machine.stages]
+
+    free = riding = least if least <= most else 0
+    free_s = delays_s(free) if free else [0.0] * len(machine.stages)
+    limits_s = [
+        max(_RIDING_DELAY * _time_s(curve, decode), chunk_s)
+        for curve, chunk_s in zip(machine.stages, chunks_s, strict=True)
+    ]
+    for count in _ALONG_SIZES:
+        if count <= riding:
+            continue
+        counts_s = delays_s(count)
+        if count > most or any(delay_s > limit_s for delay_s, limit_s in zip(counts_s, limits_s, strict=True)):
             break
-        riding = max(riding, count)
+        is_cheap = all(
+            (delay_s - nothing_s) / (count - free) <= _RIDING_PRICE * chunk_s / chunk_tokens
+            for delay_s, nothing_s, chunk_s in zip(counts_s, free_s, chunks_s, strict=True)
+        )
+        if riding >= wanted or not is_cheap:
+            break
+        riding = count
     return riding
 
 
 def _rides_along(curve: StageCurve, decode: StepLoad, chunk: StepLoad) -> bool:
-    is_short = _delay_s(curve, decode, chunk) <= _ALONG_DELAY * _time_s(curve, decode)
+    is_short = _time_s(curve, decode + chunk) <= (1.0 + _ALONG_DELAY) * _time_s(curve, decode)
     return is_short and pays_together(curve, decode, chunk)
-
-
-def _delay_s(curve: StageCurve, decode: StepLoad, chunk: StepLoad) -> float:
-    return _time_s(curve, decode + chunk) - _time_s(curve, decode)
 
 
 def _time_s(curve: StageCurve, load: StepLoad) -> float:

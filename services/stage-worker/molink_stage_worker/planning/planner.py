@@ -25,7 +25,8 @@ _THOUGHTS_A_TRY = 6
 _PROMPT_SHARE_OVER_S = 3.0
 _MOST_PROMPT_SHARE = 0.7
 _LEAST_PROMPT_SHARE = 0.01
-_WANTED_GAIN = 0.3
+_WAITING_FADE = 0.95
+"""From one thought to the next."""
 _CHUNK_CHANGE = 1.4
 _CHUNK_REST_S = 3.0
 _CHUNK_JUMP = 2.0
@@ -64,8 +65,8 @@ class Planner:
         self._planned_at_s: float | None = None
         self._planned_for: Demand | None = None
         self._cut_at_s: float | None = None
-        self._wanted_a_step = 0.0
-        """Prompt tokens in each decode step that would bring those that wait on within a cycle; smoothed."""
+        self._waiting_tokens = 0.0
+        """Of prompts, no more than `SHORT_PROMPT` of each, when many wait: rises at once and fades."""
         self._meter = CycleMeter()
         self._thoughts = 0
         self._choice = MicroBatchChoice(self._plan.micro_batches)
@@ -221,7 +222,7 @@ class Planner:
         self, machine: Machine, demand: Demand, micro_batches: int, least: int, chunk_tokens: int
     ) -> int:
         waiting = min(demand.prompt_tokens_waiting, chunks.SHORT_PROMPT * demand.prompts_waiting)
-        self._wanted_a_step += _WANTED_GAIN * (waiting / micro_batches - self._wanted_a_step)
+        self._waiting_tokens = max(float(waiting), _WAITING_FADE * self._waiting_tokens)
         if self._cycle is None:
             return 0
         return chunks.riding_tokens(
@@ -230,7 +231,7 @@ class Planner:
             size=_tokens_of(demand, micro_batches),
             context_tokens=demand.context_tokens,
             least=least,
-            wanted=self._wanted_a_step,
+            wanted=self._waiting_tokens / micro_batches,
             chunk_tokens=chunk_tokens,
             most=self._step_tokens // 2,
         )
