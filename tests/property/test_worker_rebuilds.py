@@ -265,7 +265,10 @@ def storm(machine: RebuildMachine, dice: random.Random) -> None:
             case "stop" if machine.batcher.sequences:
                 machine.stop(dice.randrange(8))
             case "plan":
-                machine.plan_anew(dice.randint(1, 8), dice.random() < 0.7, dice.randint(1, 3), dice.random() < 0.6)
+                machine.plan_anew(
+                    chunk=dice.randint(1, 8), separate=dice.random() < 0.7, riding=dice.choice((0, 3)),
+                    micro_batches=dice.randint(1, 3), guesses=dice.random() < 0.6,
+                )  # fmt: skip
             case "step":
                 machine.step()
             case "steps":

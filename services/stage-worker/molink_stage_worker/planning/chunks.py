@@ -30,7 +30,7 @@ _RIDING_DELAY = 0.75
 """Of a decode step's time: what short prompts in it may add."""
 _RIDING_BUSY = 0.3
 """The share of its time that the busiest stage computes, from which on short prompts ride."""
-_RIDING_PRICE = 0.8
+_RIDING_PRICE = 0.85
 """Of what a token costs in a step of its own: what one that rides may cost."""
 _RIDING_LINK_SHARE = 0.05
 """Of a cycle: what short prompts in a step may take of a link."""
