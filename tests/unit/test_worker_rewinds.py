@@ -188,6 +188,18 @@ def test_blocks_behind_what_is_rebuilt_go_with_the_step_that_opens_the_sequence_
     assert shape(opening) == [(1, 8, 1, True)]
 
 
+def test_who_is_to_be_rebuilt_counts_as_waiting() -> None:
+    head = batcher(step_tokens=32)
+    tail = Tail(head)
+    decoding(head, tail, 8, 9)
+    assert head.demand().prompts_waiting == 0
+    head.on_new_epoch(1)
+    answered(head, tail)
+    assert head.demand().prompts_waiting == 2, "the planner lets chunks be large while many wait for few"
+    plan_of(head)
+    assert head.demand().prompts_waiting == 0
+
+
 def test_what_the_journal_lacks_is_computed_anew_and_others_go_on() -> None:
     head = batcher(step_tokens=32)
     tail = Tail(head)

@@ -56,6 +56,11 @@ class Residents:
         return len(self._waiting)
 
     @property
+    def num_to_rebuild(self) -> int:
+        """How many a replaced stage still lacks."""
+        return sum(one.to_rebuild > 0 for one in self.running.values())
+
+    @property
     def tokens_waiting(self) -> int:
         """Of those that have no blocks."""
         return sum(one.unplanned for one in self._waiting)

@@ -46,7 +46,7 @@ class Demand:
     prompt_tokens_waiting: int
     """Prompt tokens that no step was planned for yet."""
     prompts_waiting: int = 0
-    """Sequences that they belong to."""
+    """Sequences that they belong to, and those that a replaced stage still lacks."""
     window: float = 1.0
     """Tokens of a sequence in a decode step, on average: the newest one, and guesses behind it."""
 
