@@ -39,8 +39,9 @@ def make_demand(decoding: int) -> Demand:
 
 
 def feed(
-    planner: Planner, *, steps: int, since_s: float, tokens: int = 8, links_s: float = 0.04, stages: int = 2
-) -> float:
+    planner: Planner, *, steps: int, since_s: float, tokens: int = 8, links_s: float = 0.04, stages: int = 2,
+    prompt_tokens: int = 0,
+) -> float:  # fmt: skip
     """Steps of an affine machine; the time after them."""
     now_s = since_s
     for _ in range(steps):
@@ -49,7 +50,7 @@ def feed(
         planner.on_step(
             StepObservation(
                 traffic=Traffic.DECODE, tokens=tokens, sequences=tokens, context_tokens=60 * tokens,
-                decode_tokens=tokens, payload_bytes=16384 * tokens, compute_s=(compute_s,) * stages,
+                decode_tokens=tokens - prompt_tokens, payload_bytes=16384 * tokens, compute_s=(compute_s,) * stages,
                 waited_s=(0.0,) * stages, ring_s=stages * compute_s + links_s,
             ),
             now_s,
@@ -150,18 +151,20 @@ def test_a_latency_target_bounds_a_shared_chunk() -> None:
     assert plan.chunk_tokens < 64
 
 
-def test_short_prompts_ride_where_they_would_wait_and_not_before() -> None:
+def test_as_much_of_short_prompts_rides_as_comes() -> None:
     planner = make_planner()
     planner.on_link(1.25e9, 0.001)
     now_s = 0.0
     for tokens in (16, 32, 64) * 20:
         now_s = feed(planner, steps=1, since_s=now_s, tokens=tokens, links_s=0.001)
-    few = planner.plan(make_demand(64), now_s)
-    one = replace(make_demand(64), prompt_tokens_waiting=32, prompts_waiting=1)
-    one_waits = [planner.plan(one, now_s + second) for second in range(1, 20)][-1]
-    crowd = replace(one, prompt_tokens_waiting=1500, prompts_waiting=20)
-    crowd_waits = [planner.plan(crowd, now_s + second) for second in range(20, 40)][-1]
-    assert few.along_tokens == few.riding_tokens < one_waits.riding_tokens < crowd_waits.riding_tokens <= 64
+    before = planner.plan(make_demand(64), now_s)
+    assert before.riding_tokens == before.along_tokens
+    for tokens in (16, 32, 64) * 20:
+        now_s = feed(planner, steps=1, since_s=now_s, tokens=tokens, links_s=0.001, prompt_tokens=tokens // 2)
+    after = planner.plan(make_demand(64), now_s)
+    assert after.along_tokens < after.riding_tokens <= 64
+    planner.on_link(1.25e6, 0.001)
+    assert planner.plan(make_demand(64), now_s + 1.0).riding_tokens == 0
 
 
 def test_each_bound_of_a_cycle() -> None:

@@ -124,16 +124,16 @@ def test_counts_that_are_equally_good_do_not_alternate(seed: int) -> None:
 @pytest.mark.parametrize("wire", [LAN, WAN_30])
 @pytest.mark.parametrize("stage", [affine(0.008, 0.0007), roofline()])
 def test_short_prompts_get_on_beside_many_that_decode(stage: Cost, wire: Wire) -> None:
-    """64 streams, and ten prompts a second: in steps of their own they would wait up to two seconds."""
+    """64 streams, and eight prompts a second: in steps of their own they would wait up to two seconds."""
     pipeline = Pipeline([stage] * 2, wire, sequences=64, token_bytes=1152)
-    pipeline.prompts_every(0.1, 32)
+    pipeline.prompts_every(0.12, 32)
     pipeline.run(20.0)
 
     assert pipeline.plan is not None
     assert pipeline.plan.riding_tokens > 0
     first_tokens_s = sorted(pipeline.first_tokens_s[-60:])
     assert first_tokens_s[30] < 0.3, first_tokens_s
-    assert first_tokens_s[-1] < 0.6, first_tokens_s
+    assert first_tokens_s[54] < 0.5, first_tokens_s
 
 
 def test_long_prompts_hardly_disturb_those_that_decode() -> None:

@@ -120,7 +120,7 @@ def test_never_more_than_a_chunk() -> None:
 
 def riding(
     *curves: StageCurve,
-    wanted: float = 0.0,
+    wanted: float = 1000.0,
     least: int = 8,
     chunk_tokens: int = 16,
     rate_bytes_per_s: float | None = 12.5e6,
@@ -136,28 +136,27 @@ def riding(
     )  # fmt: skip
 
 
-def test_what_is_free_rides_and_more_where_prompts_wait() -> None:
-    assert riding(AFFINE) == 8
+def test_what_is_free_rides_and_as_much_more_as_comes() -> None:
+    assert riding(AFFINE, wanted=0.0) == 8
     assert riding(AFFINE, wanted=13.0) == 16
 
 
-def test_more_ride_only_where_that_is_cheaper_than_a_step_of_their_own() -> None:
-    assert riding(AFFINE, wanted=16.0) == 16  # 1 ms a token, 1.5 in a chunk of 16
-    assert riding(AFFINE, wanted=16.0, chunk_tokens=128) == 8  # 1.06
-    assert riding(ROOFLINE, wanted=40.0, least=16, chunk_tokens=32) == 16  # 0.5 ms a token from here on, as apart
-
-
 def test_no_step_becomes_much_longer_for_those_who_ride() -> None:
-    assert riding(AFFINE, wanted=1000.0, chunk_tokens=8) == 16  # 24 ms for the 16 that decode, 18 more are allowed
-    assert riding(AFFINE, wanted=1000.0, chunk_tokens=16) == 24  # what a chunk of 16 takes
+    assert riding(AFFINE, chunk_tokens=8) == 16  # 24 ms for the 16 that decode, 18 more are allowed
+    assert riding(AFFINE, chunk_tokens=16) == 24  # what a chunk of 16 takes
+
+
+def test_more_than_the_free_ones_ride_only_where_that_is_cheaper_than_a_step_of_their_own() -> None:
+    assert riding(AFFINE, chunk_tokens=32) == 40  # 1 ms a token, 1.25 in a chunk of 32
+    assert riding(AFFINE, chunk_tokens=128) == 8  # 1.06
+    assert riding(ROOFLINE, least=16, chunk_tokens=32) == 16  # 0.5 ms a token from here on, as apart
 
 
 def test_nobody_rides_where_a_link_would_notice() -> None:
-    assert riding(AFFINE, wanted=16.0, rate_bytes_per_s=2.5e6) == 12  # 5 ms: 12.5 KB
-    assert riding(AFFINE, wanted=16.0, rate_bytes_per_s=1e6) == 0
-    assert riding(ROOFLINE, least=28, rate_bytes_per_s=2.5e6) == 0
-    assert riding(AFFINE, wanted=1000.0, rate_bytes_per_s=None) == 24
+    assert riding(AFFINE, rate_bytes_per_s=2.5e6) == 12  # 5 ms: 12.5 KB
+    assert riding(AFFINE, rate_bytes_per_s=1e6) == 0
+    assert riding(AFFINE, rate_bytes_per_s=None) == 24
 
 
 def test_a_stage_with_time_to_spare_computes_prompts_at_once() -> None:
-    assert riding(AFFINE, wanted=16.0, busy=0.2) == 0
+    assert riding(AFFINE, busy=0.2) == 0

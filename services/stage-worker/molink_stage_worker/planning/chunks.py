@@ -32,14 +32,14 @@ _RIDING_BUSY = 0.3
 """The share of its time that the busiest stage computes, from which on short prompts ride."""
 _RIDING_PRICE = 0.85
 """Of what a token costs in a step of its own: what one that rides may cost."""
+_RIDING_SPAN = 16
+"""Tokens: between closer sizes a measured curve's slope is mostly noise."""
 _RIDING_LINK_SHARE = 0.05
 """Of a cycle: what short prompts in a step may take of a link."""
 _RIDING_LEAST_LINK_S = 0.005
 """What they may always take."""
 _RIDING_UNKNOWN_BYTES = 64 * 1024
 """In a step, where no link's rate is known."""
-SHORT_PROMPT = 64
-"""Tokens. Who brings more waits longer: of a longer prompt so many count as to be computed soon."""
 
 
 def starting_chunk_tokens(*, step_tokens: int, token_bytes: int) -> int:
@@ -165,9 +165,10 @@ def riding_tokens(
         counts_s = delays_s(count)
         if count > most or any(delay_s > limit_s for delay_s, limit_s in zip(counts_s, limits_s, strict=True)):
             break
+        far = max(count, free + _RIDING_SPAN)
         is_cheap = all(
-            (delay_s - nothing_s) / (count - free) <= _RIDING_PRICE * chunk_s / chunk_tokens
-            for delay_s, nothing_s, chunk_s in zip(counts_s, free_s, chunks_s, strict=True)
+            (far_s - nothing_s) / (far - free) <= _RIDING_PRICE * chunk_s / chunk_tokens
+            for far_s, nothing_s, chunk_s in zip(delays_s(far), free_s, chunks_s, strict=True)
         )
         if riding >= wanted or not is_cheap:
             break

@@ -25,8 +25,8 @@ _THOUGHTS_A_TRY = 6
 _PROMPT_SHARE_OVER_S = 3.0
 _MOST_PROMPT_SHARE = 0.7
 _LEAST_PROMPT_SHARE = 0.01
-_WAITING_FADE = 0.95
-"""From one thought to the next."""
+_RIDING_ROOM = 1.5
+"""Over the prompt tokens that have come for each decode step: they come unevenly."""
 _CHUNK_CHANGE = 1.4
 _CHUNK_REST_S = 3.0
 _CHUNK_JUMP = 2.0
@@ -59,14 +59,14 @@ class Planner:
         self._ring = RingEstimator(links=max(num_stages - 1, 1))
         self._prompt_s = [0.0] * num_stages
         """By stage: seconds of computing for prompts, fading over `_PROMPT_SHARE_OVER_S`."""
+        self._prompt_tokens = self._decode_steps = 0.0
+        """That came back, fading likewise."""
         self._prompts_at_s: float | None = None
         self._cycle: Cycle | None = None
         self._plan = self._default_plan()
         self._planned_at_s: float | None = None
         self._planned_for: Demand | None = None
         self._cut_at_s: float | None = None
-        self._waiting_tokens = 0.0
-        """Of prompts, no more than `SHORT_PROMPT` of each, when many wait: rises at once and fades."""
         self._meter = CycleMeter()
         self._thoughts = 0
         self._choice = MicroBatchChoice(self._plan.micro_batches)
@@ -78,6 +78,8 @@ class Planner:
         self._fade_prompts(now_s)
         self._meter.on_tokens(step.decode_tokens - step.guesses)
         prompt_tokens = step.tokens - step.decode_tokens
+        self._prompt_tokens += prompt_tokens
+        self._decode_steps += step.decode_tokens > 0
         alone = StepLoad(
             tokens=step.tokens,
             prompt_tokens=prompt_tokens,
@@ -194,7 +196,17 @@ class Planner:
                 size=_tokens_of(demand, micro_batches),
                 tries=self._thoughts % _THOUGHTS_A_TRY == 0,
             )
-            riding_tokens = self._riding_tokens(machine, demand, micro_batches, along_tokens, chunk_tokens)
+            if self._cycle is not None:
+                riding_tokens = chunks.riding_tokens(
+                    machine,
+                    cycle=self._cycle,
+                    size=_tokens_of(demand, micro_batches),
+                    context_tokens=demand.context_tokens,
+                    least=along_tokens,
+                    wanted=_RIDING_ROOM * self._prompt_tokens / max(self._decode_steps, 1.0),
+                    chunk_tokens=chunk_tokens,
+                    most=self._step_tokens // 2,
+                )
         return BatchPlan(
             micro_batches=micro_batches,
             chunk_tokens=chunk_tokens,
@@ -217,24 +229,6 @@ class Planner:
         more = replace(demand, window=demand.window + 1.0)
         now_s = self._cycle_of(machine, demand, micro_batches).cycle_s
         return self._cycle_of(machine, more, micro_batches).cycle_s / now_s - 1.0
-
-    def _riding_tokens(
-        self, machine: Machine, demand: Demand, micro_batches: int, least: int, chunk_tokens: int
-    ) -> int:
-        waiting = min(demand.prompt_tokens_waiting, chunks.SHORT_PROMPT * demand.prompts_waiting)
-        self._waiting_tokens = max(float(waiting), _WAITING_FADE * self._waiting_tokens)
-        if self._cycle is None:
-            return 0
-        return chunks.riding_tokens(
-            machine,
-            cycle=self._cycle,
-            size=_tokens_of(demand, micro_batches),
-            context_tokens=demand.context_tokens,
-            least=least,
-            wanted=self._waiting_tokens / micro_batches,
-            chunk_tokens=chunk_tokens,
-            most=self._step_tokens // 2,
-        )
 
     def _damped(self, wanted: int, now_s: float) -> int:
         """The chunk size to have when `wanted` would be best: a new one only now and then, and for a real gain."""
@@ -348,6 +342,8 @@ class Planner:
         if before_s is not None and now_s > before_s:
             fade = exp((before_s - now_s) / _PROMPT_SHARE_OVER_S)
             self._prompt_s = [prompt_s * fade for prompt_s in self._prompt_s]
+            self._prompt_tokens *= fade
+            self._decode_steps *= fade
 
     def _bottleneck(self) -> str:
         cycle = self._cycle
