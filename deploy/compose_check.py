@@ -34,7 +34,7 @@ from compose_tools import (
 
 READY_TIMEOUT_S = 600.0
 """A first start downloads the model and converts it."""
-QUESTION = "What is the capital of France?"
+QUESTION = "Name the capital of France."
 LONG_TASK = "Count from one to one hundred in words, separated by commas."
 
 CONNECT = "import socket; socket.create_connection(('redis', 6379), 3)"

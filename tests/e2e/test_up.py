@@ -22,7 +22,7 @@ from molink_common.folders import cache_folder
 from tests.e2e.conftest import READY_TIMEOUT_S
 from tests.e2e.running_system import RunningSystem, start_system, survivors
 
-QUESTION = "What is the capital of France?"
+QUESTION = "Name the capital of France."
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import httpx
 
 from molink.openai_stream import ApiError, Delta, read_event, response_error
 
-QUESTION = "What is the capital of France?"
+QUESTION = "Name the capital of France."
 OPENING = "The capital of France is"
 NO_CHAT_TEMPLATE = "no_chat_template"
 """The gateway's error code for a model that cannot chat."""

@@ -28,6 +28,7 @@ from nats.aio.msg import Msg
 from nats.aio.transport import TcpTransport
 
 from molink_common import messages
+from molink_common.cancellation import heeding_cancellation
 from molink_common.errors import BusUnavailable, NobodyListens, ProtocolError, RequestTimeout
 from molink_common.logs import get_logger
 from molink_common.messages import Failed, M, Message
@@ -185,7 +186,8 @@ class NatsBus:
     async def request(self, subject: str, data: Payload, *, timeout_s: float) -> bytes:
         """See `Bus.request`."""
         try:
-            answer = await self._client.request(subject, bytes(data), timeout=timeout_s)
+            with heeding_cancellation():
+                answer = await self._client.request(subject, bytes(data), timeout=timeout_s)
         except nats.errors.NoRespondersError as error:
             raise NobodyListens(subject) from error
         except (nats.errors.TimeoutError, TimeoutError) as error:
@@ -230,7 +232,8 @@ class NatsBus:
     async def flush(self) -> None:
         """See `Bus.flush`."""
         try:
-            await self._client.flush(timeout=10)
+            with heeding_cancellation():
+                await self._client.flush(timeout=10)
         except (nats.errors.Error, OSError) as error:
             raise BusUnavailable(f"cannot flush: {error!r}") from error
 

@@ -68,7 +68,8 @@ async def wait_for_term(
                     f"no Redis answers within {connect_timeout_s:g} s ({error}). Start one, or set --redis-url."
                 ) from error
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(stop.wait(), _LOOK_S)
+            async with asyncio.timeout(_LOOK_S):
+                await stop.wait()
     return None
 
 
@@ -111,7 +112,8 @@ class Tenure:
         """
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._hurry.wait(), RENEWAL_S)
+                async with asyncio.timeout(RENEWAL_S):
+                    await self._hurry.wait()
             self._hurry.clear()
             asked_s = self._loop.time()
             # nobody else can take the lease from a store that does not answer; the writer says that it does not

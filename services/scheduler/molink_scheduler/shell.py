@@ -110,7 +110,8 @@ async def serve_scheduler(settings: SchedulerSettings, bus: Bus, store: Store, s
 
 async def _wait(stop: asyncio.Event, timeout_s: float) -> None:
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(stop.wait(), timeout_s)
+        async with asyncio.timeout(timeout_s):
+            await stop.wait()
 
 
 class Scheduler:

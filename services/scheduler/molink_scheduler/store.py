@@ -21,7 +21,6 @@ replaced meanwhile, changes nothing when it wakes.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import struct
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -34,6 +33,7 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from molink_common.cancellation import heeding_cancellation
 from molink_common.errors import MolinkError, ProtocolError
 from molink_common.logs import get_logger
 from molink_common.messages import ApiKey, Heartbeat, decode, encode
@@ -314,12 +314,9 @@ def unpack_tokens(data: bytes) -> tuple[int, ...]:
 @contextlib.contextmanager
 def _translated() -> Iterator[None]:
     try:
-        yield
+        with heeding_cancellation():
+            yield
     except (redis.exceptions.RedisError, OSError, TimeoutError) as error:
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
-            # a connection that breaks while it is being closed for a cancellation hides the cancellation
-            raise asyncio.CancelledError from error
         raise StoreUnavailable(f"Redis: {error!r}") from error
 
 

@@ -21,8 +21,7 @@ from molink_common.errors import ProtocolError
 from molink_common.logs import get_logger
 from molink_common.messages import AssignStage, HeadReport, LinkReport, StartSequence, StepTokens
 from molink_common.telemetry import Telemetry
-from molink_common.wire import StepFrame, Traffic
-from molink_stage_worker.batch_plan import StepPlan
+from molink_common.wire import Traffic
 from molink_stage_worker.company import DecodeRhythm
 from molink_stage_worker.compute import StageCompute
 from molink_stage_worker.fence import Drop, Fence
@@ -32,7 +31,7 @@ from molink_stage_worker.planning import StepObservation
 from molink_stage_worker.ready_queue import ReadyQueue
 from molink_stage_worker.stage_inlet import StageInlet
 from molink_stage_worker.stage_link import StageLink
-from molink_stage_worker.stage_step import StageResult, StageStep
+from molink_stage_worker.stage_step import StageResult, StageStep, planned
 from molink_stage_worker.token_outbox import NO_STEP, TokenOutbox
 
 log = get_logger("stage")
@@ -263,7 +262,8 @@ class StageRunner:
             log.warning("sequences given up", sequences=failed)
             self._outbox.notify(failed)
         for plan in plans:
-            self._ready.put(self._step_of(plan, rides_along=plan is not plans[0]), plan.traffic)
+            step = planned(plan, self._assignment, self._compute.engine.hidden_size, along=plan is not plans[0])
+            self._ready.put(step, plan.traffic)
         for _ in plans:
             self._start_computing()
 
@@ -288,27 +288,6 @@ class StageRunner:
         if self._desk is not None and self._is_serving:
             self._desk.on_lost(step)
             self.pump()
-
-    def _step_of(self, plan: StepPlan, *, rides_along: bool) -> StageStep:
-        extra = plan.extra()
-        frame = StepFrame(
-            pipeline=self._assignment.pipeline,
-            epoch=self._assignment.epoch,
-            step=plan.step,
-            entries=plan.entries,
-            extra=extra.encode(),
-            hidden_size=self._compute.engine.hidden_size,
-            dtype=self._assignment.dtype,
-            hidden=memoryview(b""),
-            traffic=plan.traffic,
-        )
-        return StageStep(
-            frame=frame,
-            extra=extra,
-            token_ids=plan.token_ids,
-            ready_ns=time.perf_counter_ns(),
-            rides_along=rides_along,
-        )
 
     # --- compute ---------------------------------------------------------------------------------------------
 

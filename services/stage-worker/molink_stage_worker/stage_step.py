@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from molink_common.identity import sequence_id
-from molink_common.messages import StepTokens
+from molink_common.messages import AssignStage, StepTokens
 from molink_common.wire import Codec, Entry, Extra, StepFrame, Traffic
+from molink_stage_worker.batch_plan import StepPlan
 from molink_stage_worker.planning.step_load import StepLoad
 
 NOTHING = memoryview(b"")
@@ -50,6 +52,28 @@ class StageResult:
     refused: tuple[Entry, ...] = ()
     """Entries that the engine found to contradict what it knows; the step went on without them."""
     problem: str = ""
+
+
+def planned(plan: StepPlan, place: AssignStage, hidden_size: int, *, along: bool) -> StageStep:
+    """What the head has planned, as it enters the first stage: token ids and no hidden states yet.
+
+    `along`: to be computed in one pass with the step before it.
+    """
+    extra = plan.extra()
+    frame = StepFrame(
+        pipeline=place.pipeline,
+        epoch=place.epoch,
+        step=plan.step,
+        entries=plan.entries,
+        extra=extra.encode(),
+        hidden_size=hidden_size,
+        dtype=place.dtype,
+        hidden=NOTHING,
+        traffic=plan.traffic,
+    )
+    return StageStep(
+        frame=frame, extra=extra, token_ids=plan.token_ids, ready_ns=time.perf_counter_ns(), rides_along=along
+    )
 
 
 def emptied(step: StageStep) -> StageStep:

@@ -13,7 +13,7 @@ const molink = createOpenAICompatible({
   supportsStructuredOutputs: true,
 });
 const model = molink(MODEL);
-const prompt = 'What is the capital of France?';
+const prompt = 'Name the capital of France.';
 const settings = () => ({
   model,
   temperature: 0,

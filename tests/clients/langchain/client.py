@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 from tests.clients.reporting import API_KEY, BASE_URL, MODEL, TIMEOUT_S, Checks, same
 
 checks = Checks("langchain")
-QUESTION = "What is the capital of France?"
+QUESTION = "Name the capital of France."
 
 chat = ChatOpenAI(
     model=MODEL, base_url=BASE_URL, api_key=API_KEY, temperature=0, max_tokens=200, timeout=TIMEOUT_S, max_retries=0

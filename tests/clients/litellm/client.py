@@ -19,7 +19,7 @@ CONNECTION: dict[str, Any] = {
     "timeout": TIMEOUT_S,
     "num_retries": 0,
 }
-QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+QUESTION = [{"role": "user", "content": "Name the capital of France."}]
 WEATHER = {
     "type": "function",
     "function": {
@@ -154,7 +154,7 @@ def responses() -> str:
         model=f"openai/{MODEL}",
         api_base=BASE_URL,
         api_key=API_KEY,
-        input="What is the capital of France?",
+        input="Name the capital of France.",
         max_output_tokens=24,
         temperature=0,
     )

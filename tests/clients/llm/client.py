@@ -63,7 +63,7 @@ def models() -> str:
 
 @checks.add
 def prompt() -> str:
-    text = _llm("-m", "molink", "What is the capital of France?", "-o", "temperature", "0", "-o", "max_tokens", "24")
+    text = _llm("-m", "molink", "Name the capital of France.", "-o", "temperature", "0", "-o", "max_tokens", "24")
     assert text
     return text
 
@@ -115,7 +115,7 @@ def completion() -> str:
 
 @checks.add
 def responses() -> str:
-    text = _llm("-m", "molink-responses", "What is the capital of France?", "-o", "max_tokens", "32")
+    text = _llm("-m", "molink-responses", "Name the capital of France.", "-o", "max_tokens", "32")
     assert text
     return text
 

@@ -6,7 +6,7 @@ import { z } from 'zod';
 import { API_KEY, BASE_URL, MODEL, TIMEOUT_MS, expect, run } from '../reporting.mjs';
 
 const client = new OpenAI({ baseURL: BASE_URL, apiKey: API_KEY, maxRetries: 0, timeout: TIMEOUT_MS });
-const messages = [{ role: 'user', content: 'What is the capital of France?' }];
+const messages = [{ role: 'user', content: 'Name the capital of France.' }];
 const settings = { model: MODEL, temperature: 0, max_tokens: 24 };
 const City = z.enum(['Paris', 'Rome', 'Oslo']);
 const Person = z.object({ name: z.string().max(20), age: z.int().min(0).max(120), city: City });
@@ -95,7 +95,7 @@ await run('openai-node', {
   },
 
   async responses() {
-    const asked = { model: MODEL, input: 'What is the capital of France?', max_output_tokens: 32, temperature: 0 };
+    const asked = { model: MODEL, input: 'Name the capital of France.', max_output_tokens: 32, temperature: 0 };
     const whole = await client.responses.create(asked);
     let text = '';
     for await (const event of await client.responses.create({ ...asked, stream: true })) {

@@ -7,7 +7,7 @@ import asyncio
 from tests.clients.openai_python.connection import async_client, client, user
 from tests.clients.reporting import MODEL, Checks, same
 
-QUESTION = "What is the capital of France?"
+QUESTION = "Name the capital of France."
 
 
 def models() -> str:

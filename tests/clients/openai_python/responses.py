@@ -12,7 +12,7 @@ from tests.clients.openai_python.structured import Person
 from tests.clients.openai_python.tools import CITIES, WEATHER
 from tests.clients.reporting import MODEL, Checks, same
 
-QUESTION = "What is the capital of France?"
+QUESTION = "Name the capital of France."
 
 
 def responses_create() -> str:

@@ -41,7 +41,7 @@ class Report(BaseModel):
 
 @checks.add
 def text() -> str:
-    run = Agent(model, system_prompt="Be brief.", model_settings=SETTINGS).run_sync("What is the capital of France?")
+    run = Agent(model, system_prompt="Be brief.", model_settings=SETTINGS).run_sync("Name the capital of France.")
     usage = run.usage
     assert usage.input_tokens > 0 and usage.output_tokens > 0, usage
     return str(run.output)
@@ -52,7 +52,7 @@ def stream() -> str:
     agent = Agent(model, model_settings=SETTINGS)
 
     async def ask() -> tuple[list[str], str]:
-        async with agent.run_stream("What is the capital of France?") as run:
+        async with agent.run_stream("Name the capital of France.") as run:
             pieces = [piece async for piece in run.stream_text(delta=True, debounce_by=None)]
             return pieces, await run.get_output()
 
