@@ -45,12 +45,18 @@ class CompiledLayer(LeanLayer):
 
     def __init__(self, layer: nn.Module, rotation: CompiledRotation) -> None:
         super().__init__(layer, rotation)
-        self._turns = rotation if self._rotation is not None else None
+        self._angles = rotation
+        self.turns = self._rotation is not None
+        """Whether queries and keys are rotated."""
         norms: list[Any] = [self.input_norm, self.post_attention_norm, self.query_norm, self.key_norm]
         self._weights = {norm: _floats(norm.weight) for norm in norms if norm is not None}
-        self._query_weight = self._weights.get(self.query_norm, _NOTHING)
-        self._key_weight = self._weights.get(self.key_norm, _NOTHING)
-        self._epsilon = norms[0].variance_epsilon
+        self.norm_weights = tuple(self._weights.get(norm, _NOTHING) for norm in norms)
+        """Before attention, after it, of queries, of keys; empty where there is none."""
+        self.epsilon = norms[0].variance_epsilon
+
+    def angles_of(self, angles: tuple[torch.Tensor, torch.Tensor]) -> tuple[Any, Any]:
+        """Cosines and sines of a step's positions as arrays ``[T, F]``."""
+        return self._angles.arrays(angles)
 
     def _normed(self, norm: Any, x: torch.Tensor) -> torch.Tensor:
         normed = torch.empty_like(x)
@@ -60,33 +66,33 @@ class CompiledLayer(LeanLayer):
     def _attended(
         self, rows_TW: torch.Tensor, paged: PagedStep, angles: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
-        plan, heads = paged.plan, self._num_queries + self._num_keys
-        heads_NTD = rows_TW.view(-1, heads + self._num_keys, self._head_size).transpose(0, 1)
-        keys_KTD, values_KTD = heads_NTD[self._num_queries : heads], heads_NTD[heads:]
+        plan, heads = paged.plan, self.num_queries + self.num_keys
+        heads_NTD = rows_TW.view(-1, heads + self.num_keys, self.head_size).transpose(0, 1)
+        keys_KTD, values_KTD = heads_NTD[self.num_queries : heads], heads_NTD[heads:]
         store = paged.store.cleared(self.layer_idx, keys_KTD, values_KTD, blocks_to_clear=plan.blocks_to_clear)
         if store.arrays is None:
             store.arrays = (kernels.array_of(store.keys_KSD), kernels.array_of(store.values_KSE))
         keys_KSD, values_KSD = store.arrays
-        cos_TF, sin_TF = (_NO_ANGLES, _NO_ANGLES) if self._turns is None else self._turns.arrays(angles)
+        cos_TF, sin_TF = self.angles_of(angles) if self.turns else (_NO_ANGLES, _NO_ANGLES)
         rows = kernels.array_of(rows_TW)
-        weights = (self._query_weight, self._key_weight, self._epsilon)
+        weights = (*self.norm_weights[2:], self.epsilon)
         kernels.rotate_and_store(rows, cos_TF, sin_TF, *weights, plan.slots, keys_KSD, values_KSD)
         reads = plan.token_reads()
-        kind = Kind(self._scaling)
+        kind = Kind(self.scaling)
         if reads.num_keys > _KEYS_FOR_ONE_THREAD and torch.get_num_threads() > 1:
             found_TND = attend(
-                heads_NTD[: self._num_queries], keys_KTD, values_KTD, store, plan.reads(self.sliding_window), kind
+                heads_NTD[: self.num_queries], keys_KTD, values_KTD, store, plan.reads(self.sliding_window), kind
             )
             return found_TND.reshape(rows_TW.shape[0], -1)
-        found_TI = rows_TW.new_empty(rows_TW.shape[0], self._num_queries * self._head_size)
+        found_TI = rows_TW.new_empty(rows_TW.shape[0], self.num_queries * self.head_size)
         if len(reads.rows_R):
             window = self.sliding_window or kernels.SEES_ALL
             where = (reads.rows_R, reads.tables_R, reads.ends_R, reads.blocks_N, plan.block_size, window)
-            kernels.attend(rows, *where, self._scaling, keys_KSD, values_KSD, kernels.array_of(found_TI))
+            kernels.attend(rows, *where, self.scaling, keys_KSD, values_KSD, kernels.array_of(found_TI))
         if reads.has_chunks:
-            found_TND = found_TI.view(-1, self._num_queries, self._head_size)
+            found_TND = found_TI.view(-1, self.num_queries, self.head_size)
             chunks = plan.long_chunks(self.sliding_window)
-            attend_chunks(heads_NTD[: self._num_queries], keys_KTD, values_KTD, store, chunks, kind, found_TND)
+            attend_chunks(heads_NTD[: self.num_queries], keys_KTD, values_KTD, store, chunks, kind, found_TND)
         return found_TI
 
 

@@ -25,13 +25,9 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import float32, float64, int32, int64, types, uint16, uint32
-from numba.core import cgutils
-from numba.extending import intrinsic, overload
+from numba import float32, float64, int64, uint16
 
-_ANY_ORDER = {"reassoc", "contract", "nsz", "arcp"}
-"""Sums may be taken in any order, which is what lets them be computed sixteen at a time. NaN stays NaN."""
+from molink_stage_worker.engine.compiling import exp, jit, narrow, prefetch, widen
 
 SEES_ALL = 1 << 40
 """A window that no sequence outgrows."""
@@ -61,103 +57,6 @@ def compile_for(dtype: torch.dtype) -> bool:
     return True
 
 
-def _jit(function: Any, **options: Any) -> Any:
-    try:
-        return numba.njit(function, fastmath=_ANY_ORDER, cache=True, **options)
-    except RuntimeError:  # nowhere to keep it: neither beside this file nor in the user's own cache
-        return numba.njit(function, fastmath=_ANY_ORDER, **options)
-
-
-@intrinsic
-def _float_of(_context: Any, bits: Any) -> Any:
-    """The float32 that 32 bits stand for."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.FloatType())
-
-    return float32(types.uint32), generate
-
-
-@intrinsic
-def _bits_of(_context: Any, x: Any) -> Any:
-    """The 32 bits of a float32."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.IntType(32))
-
-    return uint32(types.float32), generate
-
-
-@intrinsic
-def _prefetch(context: Any, array: Any, row: Any, column: Any) -> Any:
-    """Have the processor fetch the cache line of an element."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kind = signature.args[0]
-        view = context.make_array(kind)(context, builder, arguments[0])
-        at = cgutils.get_item_pointer(context, builder, kind, view, arguments[1:])
-        word = ir.IntType(32)
-        address = builder.bitcast(at, ir.IntType(8).as_pointer())
-        function_type = ir.FunctionType(ir.VoidType(), [address.type, word, word, word])
-        function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
-        builder.call(function, [address, word(0), word(3), word(1)])
-        return context.get_dummy_value()
-
-    return types.none(array, row, column), generate
-
-
-def _widen(x: Any) -> Any:
-    """A scalar in memory as float32."""
-    raise NotImplementedError(x)
-
-
-@overload(_widen, strict=False, jit_options={"fastmath": _ANY_ORDER})
-def _widen_typed(x: Any) -> Any:
-    if x == uint16:
-        return lambda x: _float_of(uint32(x) << uint32(16))
-    return lambda x: x
-
-
-def _narrow(x: Any, like: Any) -> Any:
-    """A float32 as a scalar in memory of the type of `like`."""
-    raise NotImplementedError(x, like)
-
-
-@overload(_narrow, strict=False)
-def _narrow_typed(x: Any, like: Any) -> Any:
-    if like != uint16:
-        return lambda x, like: x
-
-    def to_bfloat16(x: Any, like: Any) -> Any:
-        # to the nearest, ties to even; rounding must not carry a NaN into a number
-        bits = _bits_of(float32(x))
-        if (bits & uint32(0x7FFFFFFF)) > uint32(0x7F800000):
-            return uint16(0x7FC0)
-        return uint16((bits + uint32(0x7FFF) + ((bits >> uint32(16)) & uint32(1))) >> uint32(16))
-
-    return to_bfloat16
-
-
-@_jit
-def _exp(x: Any) -> Any:
-    """``e**x`` for x up to 0, to 3e-7 of its value: Taylor's polynomial of ``2**f`` between −½ and ½, and the exponent.
-
-    The library's function takes one number at a time.
-    """
-    power = x * float32(1.44269504)
-    power = power if power > float32(-126.0) else float32(-126.0)
-    whole = int32(power - float32(0.5))
-    f = power - float32(whole)
-    value = float32(1.54035304e-4)
-    value = value * f + float32(1.33335581e-3)
-    value = value * f + float32(9.61812911e-3)
-    value = value * f + float32(5.55041087e-2)
-    value = value * f + float32(2.40226507e-1)
-    value = value * f + float32(6.93147181e-1)
-    value = value * f + float32(1.0)
-    return value * _float_of(uint32((whole + int32(127)) << int32(23)))
-
-
 @numba.njit(fastmath=True)  # a maximum in any order wants numbers without NaN: what it gives for others is any of them
 def _largest(scores: Any) -> Any:
     largest = scores[0]
@@ -166,36 +65,36 @@ def _largest(scores: Any) -> Any:
     return largest
 
 
-@_jit
+@jit
 def _softmax(scores: Any) -> None:
     largest = _largest(scores)
     total = float32(0.0)
     for key in range(scores.size):
-        scores[key] = _exp(scores[key] - largest)
+        scores[key] = exp(scores[key] - largest)
         total += scores[key]
     share = float32(1.0) / total
     for key in range(scores.size):
         scores[key] *= share
 
 
-@_jit
+@jit
 def _norm_row(row: Any, weight: Any, epsilon: Any, out: Any) -> None:
     squares = float32(0.0)
     for i in range(row.size):
-        squares += _widen(row[i]) * _widen(row[i])
+        squares += widen(row[i]) * widen(row[i])
     factor = float32(1.0 / math.sqrt(squares / float32(row.size) + float32(epsilon)))
     for i in range(row.size):
-        out[i] = _narrow(_widen(row[i]) * factor * weight[i], out[i])
+        out[i] = narrow(widen(row[i]) * factor * weight[i], out[i])
 
 
-@_jit
+@jit
 def norm(x_TH: Any, weight_H: Any, epsilon: Any, out_TH: Any) -> None:
     """Root mean square norm of each row into `out_TH`. The weight is float32."""
     for t in range(x_TH.shape[0]):
         _norm_row(x_TH[t], weight_H, epsilon, out_TH[t])
 
 
-@_jit
+@jit
 def rotate_and_store(
     rows_TW: Any,
     cos_TF: Any,
@@ -222,12 +121,12 @@ def rotate_and_store(
                 _norm_row(row, weight, epsilon, row)
             if cos_TF.size > 0:
                 for i in range(half):
-                    low, high = _widen(row[i]), _widen(row[half + i])
+                    low, high = widen(row[i]), widen(row[half + i])
                     # rounded in between as the calls of a `LeanLayer` are, lest a stage's text hang on its device
-                    low_cos = _widen(_narrow(low * cos_TF[t, i], row[i]))
-                    high_cos = _widen(_narrow(high * cos_TF[t, i], row[i]))
-                    row[i] = _narrow(low_cos - high * sin_TF[t, i], row[i])
-                    row[half + i] = _narrow(high_cos + low * sin_TF[t, i], row[i])
+                    low_cos = widen(narrow(low * cos_TF[t, i], row[i]))
+                    high_cos = widen(narrow(high * cos_TF[t, i], row[i]))
+                    row[i] = narrow(low_cos - high * sin_TF[t, i], row[i])
+                    row[half + i] = narrow(high_cos + low * sin_TF[t, i], row[i])
         for k in range(key_heads):
             key = (query_heads + k) * size
             value = key + key_heads * size
@@ -236,7 +135,7 @@ def rotate_and_store(
                 values_KSD[k, slots_T[t], i] = rows_TW[t, value + i]
 
 
-@_jit
+@jit
 def _score(queries_GD: Any, keys_SD: Any, first: Any, count: Any, scores_GS: Any, at: Any) -> None:
     group, size = queries_GD.shape
     j = 0
@@ -247,10 +146,10 @@ def _score(queries_GD: Any, keys_SD: Any, first: Any, count: Any, scores_GS: Any
             a, b, c, d = float32(0.0), float32(0.0), float32(0.0), float32(0.0)
             for i in range(size):
                 query = queries_GD[g, i]
-                a += query * _widen(keys_SD[s, i])
-                b += query * _widen(keys_SD[s + 1, i])
-                c += query * _widen(keys_SD[s + 2, i])
-                d += query * _widen(keys_SD[s + 3, i])
+                a += query * widen(keys_SD[s, i])
+                b += query * widen(keys_SD[s + 1, i])
+                c += query * widen(keys_SD[s + 2, i])
+                d += query * widen(keys_SD[s + 3, i])
             scores_GS[g, at + j] = a
             scores_GS[g, at + j + 1] = b
             scores_GS[g, at + j + 2] = c
@@ -260,12 +159,12 @@ def _score(queries_GD: Any, keys_SD: Any, first: Any, count: Any, scores_GS: Any
         for g in range(group):
             a = float32(0.0)
             for i in range(size):
-                a += queries_GD[g, i] * _widen(keys_SD[first + j, i])
+                a += queries_GD[g, i] * widen(keys_SD[first + j, i])
             scores_GS[g, at + j] = a
         j += 1
 
 
-@_jit
+@jit
 def _add_values(sums_GD: Any, values_SD: Any, first: Any, count: Any, weights_GS: Any, at: Any) -> None:
     group, size = sums_GD.shape
     j = 0
@@ -275,26 +174,26 @@ def _add_values(sums_GD: Any, values_SD: Any, first: Any, count: Any, weights_GS
             a, b = weights_GS[g, at + j], weights_GS[g, at + j + 1]
             c, d = weights_GS[g, at + j + 2], weights_GS[g, at + j + 3]
             for i in range(size):
-                left = a * _widen(values_SD[s, i]) + b * _widen(values_SD[s + 1, i])
-                right = c * _widen(values_SD[s + 2, i]) + d * _widen(values_SD[s + 3, i])
+                left = a * widen(values_SD[s, i]) + b * widen(values_SD[s + 1, i])
+                right = c * widen(values_SD[s + 2, i]) + d * widen(values_SD[s + 3, i])
                 sums_GD[g, i] += left + right
         j += 4
     while j < count:
         for g in range(group):
             weight = weights_GS[g, at + j]
             for i in range(size):
-                sums_GD[g, i] += weight * _widen(values_SD[first + j, i])
+                sums_GD[g, i] += weight * widen(values_SD[first + j, i])
         j += 1
 
 
-@_jit
+@jit
 def _prefetch_block(array_SD: Any, block: Any, block_size: Any) -> None:
     for j in range(block_size):
         for i in range(0, array_SD.shape[1], _CACHE_LINE_BYTES // array_SD.itemsize):
-            _prefetch(array_SD, block * block_size + j, i)
+            prefetch(array_SD, block * block_size + j, i)
 
 
-@_jit
+@jit
 def _score_blocks(
     queries_GD: Any,
     keys_SD: Any,
@@ -322,7 +221,7 @@ def _score_blocks(
         seen += block_size
 
 
-@_jit
+@jit
 def _add_blocks(
     sums_GD: Any, values_SD: Any, blocks_N: Any, block_size: Any, skipped: Any, num_keys: Any, weights_GS: Any
 ) -> None:
@@ -336,7 +235,7 @@ def _add_blocks(
         seen += block_size
 
 
-@partial(_jit, nogil=True)  # with many keys it takes a while, and an event loop wants to run beside it
+@partial(jit, nogil=True)  # with many keys it takes a while, and an event loop wants to run beside it
 def attend(
     rows_TW: Any,
     attended_R: Any,
@@ -372,7 +271,7 @@ def attend(
             next_keys_SD = keys_KSD[0 if is_last else k + 1]
             for g in range(group):
                 for i in range(size):
-                    heads_GD[g, i] = _widen(row_GD[k, g, i]) * float32(scale)
+                    heads_GD[g, i] = widen(row_GD[k, g, i]) * float32(scale)
             _score_blocks(
                 heads_GD,
                 keys_KSD[k],
@@ -391,4 +290,4 @@ def attend(
             _add_blocks(heads_GD, values_KSD[k], own_N, block_size, skipped, num_keys, scores_GS)
             for g in range(group):
                 for i in range(size):
-                    out_GD[k, g, i] = _narrow(heads_GD[g, i], out_GD[k, g, i])
+                    out_GD[k, g, i] = narrow(heads_GD[g, i], out_GD[k, g, i])

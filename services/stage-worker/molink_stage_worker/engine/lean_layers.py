@@ -50,10 +50,10 @@ class LeanLayer(nn.Module):
         mlp: Any = layer.mlp
         self.layer_idx = attention.layer_idx
         self.sliding_window = _sliding_window(attention)
-        self._head_size = attention.head_dim
-        self._scaling = attention.scaling
-        self._num_queries = attention.q_proj.out_features // attention.head_dim
-        self._num_keys = attention.k_proj.out_features // attention.head_dim
+        self.head_size = attention.head_dim
+        self.scaling = attention.scaling
+        self.num_queries = attention.q_proj.out_features // attention.head_dim
+        self.num_keys = attention.k_proj.out_features // attention.head_dim
         self._rotation = rotation if getattr(attention, "use_rope", True) else None
         self.input_norm = layer.input_layernorm
         self.post_attention_norm = layer.post_attention_layernorm
@@ -89,23 +89,23 @@ class LeanLayer(nn.Module):
         self, rows_TW: torch.Tensor, paged: PagedStep, angles: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
         """Queries, keys and values of each token, side by side, to what its queries have found; keys are stored."""
-        heads = self._num_queries + self._num_keys
-        projected_TND = rows_TW.view(-1, heads + self._num_keys, self._head_size)
+        heads = self.num_queries + self.num_keys
+        projected_TND = rows_TW.view(-1, heads + self.num_keys, self.head_size)
         rotated_TND = projected_TND[:, :heads]
         if self.query_norm is not None and self.key_norm is not None:
-            queries = self._normed(self.query_norm, rotated_TND[:, : self._num_queries])
-            keys = self._normed(self.key_norm, rotated_TND[:, self._num_queries :])
+            queries = self._normed(self.query_norm, rotated_TND[:, : self.num_queries])
+            keys = self._normed(self.key_norm, rotated_TND[:, self.num_queries :])
             rotated_TND = torch.cat([queries, keys], dim=1)
         if self._rotation is not None:
             rotated_TND = self._rotation.apply(rotated_TND, angles)
         attended, _weights = paged_attention(
             self,
-            rotated_TND[:, : self._num_queries].transpose(0, 1).unsqueeze(0),
-            rotated_TND[:, self._num_queries :].transpose(0, 1).unsqueeze(0),
+            rotated_TND[:, : self.num_queries].transpose(0, 1).unsqueeze(0),
+            rotated_TND[:, self.num_queries :].transpose(0, 1).unsqueeze(0),
             projected_TND[:, heads:].transpose(0, 1).unsqueeze(0),
             None,
             paged=paged,
-            scaling=self._scaling,
+            scaling=self.scaling,
         )
         return attended.reshape(rows_TW.shape[0], -1)
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from molink_stage_worker.engine import kernels
 from molink_stage_worker.engine.compiled_layers import CompiledLayer, CompiledRotation
+from molink_stage_worker.engine.layer_stack import LayerStack, can_stack
 from molink_stage_worker.engine.lean_layers import LeanLayer, Rotation
 from molink_stage_worker.engine.projections import PackedProjection, can_pack, project
 
@@ -33,6 +34,8 @@ def make_lean(model: PreTrainedModel) -> None:
         for index, layer in enumerate(layers):
             if hasattr(layer, "self_attn"):
                 layers[index] = in_place_of(layer)
+        if can_stack(layers):
+            model.model.layers = nn.ModuleList([LayerStack(list(layers))])
     head: Any = model.get_output_embeddings()
     if type(head) is nn.Linear and can_pack(head.weight.dtype, head.weight.device):
         model.set_output_embeddings(project(head))

@@ -12,10 +12,15 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
+from molink_stage_worker.engine.amx_products import MOST_ROWS, product
+from molink_stage_worker.engine.amx_tiles import are_here, memory_of
+
+_NO_BIAS = np.empty(0, np.float32)
 _BATCH_HINT = 16
 """oneDNN chooses the blocks for a number of rows; any number works afterwards."""
 
@@ -66,15 +71,25 @@ class PackedProjection(nn.Module):
 
     def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
         super().__init__()
+        self.num_outputs = weight_OI.shape[0]
         self.packed_bytes: int = weight_OI.numel() * weight_OI.element_size()
         # an opaque tensor: neither a parameter nor a buffer, which would have to be plain memory
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach(), _BATCH_HINT)
         self._bias = None if bias_O is None else bias_O.detach().clone()
+        self.bias = _NO_BIAS if bias_O is None else bias_O.detach().float().numpy().copy()
+        """In float32; empty if there is none."""
+        self.in_tiles = memory_of(self._packed, weight_OI) if weight_OI.dtype is torch.bfloat16 and are_here() else None
+        """The packed weights for `amx_products`; None where they cannot be used."""
         self._run = torch.ops.mkldnn._linear_pointwise.default
         self._run_binary = torch.ops.mkldnn._linear_pointwise.binary
 
     def forward(self, x_TI: torch.Tensor) -> torch.Tensor:
         """See `Projection.__call__`."""
+        rows = x_TI.numel() // x_TI.shape[-1]
+        if self.in_tiles is not None and 0 < rows <= MOST_ROWS and torch.get_num_threads() == 1:
+            out_TO = x_TI.new_empty(rows, self.num_outputs)
+            product(x_TI.reshape(rows, -1).contiguous(), self.in_tiles, self.bias, out_TO)
+            return out_TO.view(*x_TI.shape[:-1], self.num_outputs)
         return self._run(x_TI, self._packed, self._bias, "none", [], "")  # type: ignore[no-any-return]
 
     def with_silu(self, x_TI: torch.Tensor) -> torch.Tensor:

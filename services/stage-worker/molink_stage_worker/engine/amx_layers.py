@@ -1,0 +1,178 @@
+"""All layers of a stage for a small step, as one compiled call on AMX tiles.
+
+A product streams its weights through the processor's cache and drives everything else out of it. Back in Python, the
+interpreter has to be fetched again line by line: some 40 µs after each call, eleven times a layer. Here it is one call
+for all layers.
+
+Arrays come as addresses, since numba takes no lists of them without looking at each. Shapes: as in `kernels`; I inner
+size, L layers, C columns of `Column`.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from functools import cache, partial
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import float32, float64, int64, types, uint8, uint16
+from numba.extending import intrinsic
+
+from molink_stage_worker.engine import amx_tiles
+from molink_stage_worker.engine.amx_products import Then, multiply
+from molink_stage_worker.engine.compiling import jit
+from molink_stage_worker.engine.kernels import attend, norm, rotate_and_store
+
+
+class Column(IntEnum):
+    """What a row of the table of a layer holds: addresses, 0 for what the layer does not have; then numbers."""
+
+    QUERY_KEY_VALUE = 0
+    OUTPUT = 1
+    GATE = 2
+    UP = 3
+    DOWN = 4
+    QUERY_KEY_VALUE_BIAS = 5
+    """Biases and norms are float32."""
+    OUTPUT_BIAS = 6
+    GATE_BIAS = 7
+    UP_BIAS = 8
+    DOWN_BIAS = 9
+    INPUT_NORM = 10
+    POST_ATTENTION_NORM = 11
+    QUERY_NORM = 12
+    KEY_NORM = 13
+    KEYS = 14
+    VALUES = 15
+    WINDOW = 16
+    """Tokens that it sees."""
+    TURNS = 17
+    """Whether queries and keys are rotated."""
+
+
+_NOTHING, _SILU, _TIMES, _PLUS = (int(then) for then in Then)
+_QKV, _OUTPUT, _GATE, _UP, _DOWN = (int(column) for column in list(Column)[:5])
+_QKV_B, _OUTPUT_B, _GATE_B, _UP_B, _DOWN_B = (int(column) for column in list(Column)[5:10])
+_NORM_1, _NORM_2, _QUERY_NORM, _KEY_NORM = (int(column) for column in list(Column)[10:14])
+_KEYS, _VALUES, _WINDOW, _TURNS = (int(column) for column in list(Column)[14:])
+
+
+def _pointing_to(scalar: Any, kind: Any) -> Any:
+    @intrinsic
+    def pointer(_context: Any, address: Any) -> Any:
+        def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], kind.as_pointer())
+
+        return types.CPointer(scalar)(int64), generate
+
+    return pointer
+
+
+_numbers_at = _pointing_to(uint16, ir.IntType(16))
+_floats_at = _pointing_to(float32, ir.FloatType())
+
+
+@jit
+def _numbers(address: Any, count: Any) -> Any:
+    return numba.carray(_numbers_at(address), (count,))
+
+
+@jit
+def _floats(address: Any, count: Any) -> Any:
+    return numba.carray(_floats_at(address), (count if address != 0 else 0,))
+
+
+@partial(jit, nogil=True)
+def layers(  # noqa: PLR0917  numba takes no names
+    tiles: Any,
+    table_LC: Any,
+    hidden_TH: Any,
+    epsilon: Any,
+    cos_TF: Any,
+    sin_TF: Any,
+    slots_T: Any,
+    attended_R: Any,
+    tables_R: Any,
+    ends_R: Any,
+    blocks_N: Any,
+    cleared: Any,
+    block_size: Any,
+    scale: Any,
+    key_heads: Any,
+    query_heads: Any,
+    head_size: Any,
+    num_slots: Any,
+    inner: Any,
+) -> None:
+    """Take `hidden_TH` through all layers, in place, for 1 to `amx_products.MOST_ROWS` tokens that are all attended.
+
+    `cleared` are blocks to be emptied first. The rest is as `kernels` and `amx_products` take it.
+    """
+    tokens, size = hidden_TH.shape
+    queries = query_heads * head_size
+    width = queries + 2 * key_heads * head_size
+    store_shape = (key_heads, num_slots, head_size)
+    normed_TH, after_TH = np.empty((tokens, size), np.uint16), np.empty((tokens, size), np.uint16)
+    rows_TW, found_TQ = np.empty((tokens, width), np.uint16), np.empty((tokens, queries), np.uint16)
+    gate, up = np.empty(tokens * inner, np.uint16), np.empty(tokens * inner, np.uint16)
+    hidden, normed, after = hidden_TH.reshape(-1), normed_TH.reshape(-1), after_TH.reshape(-1)
+    rows, found = rows_TW.reshape(-1), found_TQ.reshape(-1)
+    no_angles = np.empty((0, 0), np.float32)
+    for own in table_LC:
+        keys_KSD = _numbers(own[_KEYS], num_slots * key_heads * head_size).reshape(store_shape)
+        values_KSD = _numbers(own[_VALUES], num_slots * key_heads * head_size).reshape(store_shape)
+        for block in cleared:
+            keys_KSD[:, block * block_size : (block + 1) * block_size] = 0
+            values_KSD[:, block * block_size : (block + 1) * block_size] = 0
+        w_qkv, b_qkv = _numbers(own[_QKV], width * size), _floats(own[_QKV_B], width)
+        w_output, b_output = _numbers(own[_OUTPUT], size * queries), _floats(own[_OUTPUT_B], size)
+        w_gate, b_gate = _numbers(own[_GATE], inner * size), _floats(own[_GATE_B], inner)
+        w_up, b_up = _numbers(own[_UP], inner * size), _floats(own[_UP_B], inner)
+        w_down, b_down = _numbers(own[_DOWN], size * inner), _floats(own[_DOWN_B], size)
+
+        norm(hidden_TH, _floats(own[_NORM_1], size), epsilon, normed_TH)
+        multiply(tiles, normed, w_qkv, b_qkv, _NOTHING, rows, rows, tokens, size, width)
+        rotate_and_store(
+            rows_TW,
+            cos_TF if own[_TURNS] else no_angles,
+            sin_TF if own[_TURNS] else no_angles,
+            _floats(own[_QUERY_NORM], head_size),
+            _floats(own[_KEY_NORM], head_size),
+            epsilon,
+            slots_T,
+            keys_KSD,
+            values_KSD,
+        )
+        attend(
+            rows_TW,
+            attended_R,
+            tables_R,
+            ends_R,
+            blocks_N,
+            block_size,
+            own[_WINDOW],
+            scale,
+            keys_KSD,
+            values_KSD,
+            found_TQ,
+        )
+        multiply(tiles, found, w_output, b_output, _PLUS, hidden, after, tokens, queries, size)
+        norm(after_TH, _floats(own[_NORM_2], size), epsilon, normed_TH)
+        multiply(tiles, normed, w_gate, b_gate, _SILU, gate, gate, tokens, size, inner)
+        multiply(tiles, normed, w_up, b_up, _TIMES, gate, up, tokens, size, inner)
+        multiply(tiles, up, w_down, b_down, _PLUS, after, hidden, tokens, inner, size)
+
+
+@cache
+def are_possible() -> bool:
+    """Whether this processor has what it takes. Compiles, some seconds."""
+    if not amx_tiles.are_here():
+        return False
+    integers, angles = int64[::1], float32[:, ::1]
+    layers.compile(
+        (uint8[::1], int64[:, ::1], uint16[:, ::1], float64, angles, angles, *(integers,) * 6, int64, float64)
+        + (int64,) * 5
+    )
+    return True

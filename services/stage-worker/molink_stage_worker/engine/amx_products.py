@@ -1,0 +1,222 @@
+"""Products of a few rows with a large bfloat16 matrix on AMX tiles.
+
+A decode step reads every weight once and computes little with it, so what counts is how fast weights come from
+memory. oneDNN's kernel, which prompts are computed with, waits for most of them: 8 GB/s on a machine whose core reads
+15 and more if lines are fetched before they are needed. The loops here do that, over the memory that oneDNN laid out.
+
+Shapes: T tokens, I inputs, O outputs. bfloat16 as the integers of their bits; all of it lies flat.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numba import float32, uint16
+
+from molink_stage_worker.engine.amx_tiles import (
+    BLOCK,
+    BLOCK_NUMBERS,
+    BLOCK_ROW_BYTES,
+    DEPTH,
+    ROW_BYTES,
+    ROWS,
+    add_0_of_4_6,
+    add_1_of_4_7,
+    add_2_of_4_6,
+    add_2_of_5_6,
+    add_3_of_4_7,
+    add_3_of_5_7,
+    clear_0,
+    clear_1,
+    clear_2,
+    clear_3,
+    configuration,
+    configure,
+    fetch_row,
+    get,
+    load_4,
+    load_5,
+    load_6,
+    load_7,
+    put,
+    release,
+    store_0,
+    store_1,
+    store_2,
+    store_3,
+)
+from molink_stage_worker.engine.compiling import exp, jit, narrow, widen
+
+MOST_ROWS = 32
+"""More than that oneDNN computes faster."""
+
+_AHEAD = 4
+"""Blocks of each stream that are fetched before their turn."""
+
+
+class Then(IntEnum):
+    """What follows the product before it is rounded."""
+
+    NOTHING = 0
+    SILU = 1
+    TIMES = 2
+    """`other`, number by number."""
+    PLUS = 3
+
+
+def product(x_TI: torch.Tensor, weights: Any, bias_O: Any, out_TO: torch.Tensor) -> None:
+    """``x W^T + bias`` into `out_TO`, for 1 to `MOST_ROWS` tokens. Tensors lie row after row, without gaps.
+
+    `weights` are those of `amx_tiles.memory_of`; an empty bias, in float32, is none.
+    """
+    tokens, inputs = x_TI.shape
+    x, out = (tensor.view(torch.uint16).numpy().reshape(-1) for tensor in (x_TI, out_TO))
+    rows = configuration(min(tokens, ROWS))
+    multiply(rows, x, weights, bias_O, int(Then.NOTHING), out, out, tokens, inputs, out_TO.shape[1])
+
+
+@jit
+def _fetch(weights: Any, tile: Any) -> None:
+    for row in range(ROWS):
+        fetch_row(weights, tile + _AHEAD * BLOCK_NUMBERS + row * BLOCK_ROW_BYTES // 2)
+
+
+@partial(jit, error_model="numpy")  # a division that asks for 0 first takes one number at a time
+def _silu(x: Any) -> Any:
+    power = exp(-abs(x))
+    share = float32(1.0) / (float32(1.0) + power)
+    return x * (share if x >= float32(0.0) else power * share)
+
+
+@jit
+def _finish(
+    sums: Any, bias_O: Any, then: Any, others: Any, outs: Any, first: Any, num_rows: Any, num_outputs: Any, column: Any
+) -> None:
+    """The sums of some tokens to 16 of their outputs, rounded once: from row `first` and from `column` on."""
+    like = uint16(0)
+    for row in range(num_rows):
+        at, begin = row * ROWS, (first + row) * num_outputs + column
+        if bias_O.size > 0:
+            for i in range(ROWS):
+                put(sums, at + i, get(sums, at + i) + get(bias_O, column + i))
+        if then == Then.SILU:
+            for i in range(ROWS):
+                put(outs, begin + i, narrow(_silu(get(sums, at + i)), like))
+        elif then == Then.TIMES:
+            for i in range(ROWS):
+                put(outs, begin + i, narrow(get(sums, at + i) * widen(get(others, begin + i)), like))
+        elif then == Then.PLUS:
+            for i in range(ROWS):
+                put(outs, begin + i, narrow(get(sums, at + i) + widen(get(others, begin + i)), like))
+        else:
+            for i in range(ROWS):
+                put(outs, begin + i, narrow(get(sums, at + i), like))
+
+
+@jit
+def _of_16(
+    configuration: Any, x: Any, weights: Any, bias_O: Any, then: Any, others: Any, outs: Any,
+    num_tokens: Any, num_inputs: Any, num_outputs: Any,
+) -> None:  # fmt: skip
+    """The product for up to 16 tokens: two streams of blocks, each row of tiles used once."""
+    depth = num_inputs // DEPTH
+    num_blocks = num_outputs // BLOCK
+    half = (num_blocks + 1) // 2
+    sums = np.empty((4, ROWS * ROWS), np.float32)
+    sums_0, sums_1, sums_2, sums_3 = sums[0], sums[1], sums[2], sums[3]
+    configure(configuration)
+    for block in range(half):
+        # the second half may be shorter: its last block is then computed again, to the same end
+        other_block = min(half + block, num_blocks - 1)
+        one, two = block * depth * BLOCK_NUMBERS, other_block * depth * BLOCK_NUMBERS
+        clear_0()
+        clear_1()
+        clear_2()
+        clear_3()
+        for k in range(depth):
+            load_4(x, k * DEPTH, num_inputs * 2)
+            _fetch(weights, one)
+            load_6(weights, one, BLOCK_ROW_BYTES)
+            add_0_of_4_6()
+            _fetch(weights, one + DEPTH)
+            load_7(weights, one + DEPTH, BLOCK_ROW_BYTES)
+            add_1_of_4_7()
+            _fetch(weights, two)
+            load_6(weights, two, BLOCK_ROW_BYTES)
+            add_2_of_4_6()
+            _fetch(weights, two + DEPTH)
+            load_7(weights, two + DEPTH, BLOCK_ROW_BYTES)
+            add_3_of_4_7()
+            one += BLOCK_NUMBERS
+            two += BLOCK_NUMBERS
+        store_0(sums_0, 0, ROW_BYTES)
+        store_1(sums_1, 0, ROW_BYTES)
+        store_2(sums_2, 0, ROW_BYTES)
+        store_3(sums_3, 0, ROW_BYTES)
+        column, other_column = block * BLOCK, other_block * BLOCK
+        _finish(sums_0, bias_O, then, others, outs, 0, num_tokens, num_outputs, column)
+        _finish(sums_1, bias_O, then, others, outs, 0, num_tokens, num_outputs, column + ROWS)
+        _finish(sums_2, bias_O, then, others, outs, 0, num_tokens, num_outputs, other_column)
+        _finish(sums_3, bias_O, then, others, outs, 0, num_tokens, num_outputs, other_column + ROWS)
+    release()
+
+
+@jit
+def _of_32(
+    configuration: Any, x: Any, weights: Any, bias_O: Any, then: Any, others: Any, outs: Any,
+    num_tokens: Any, num_inputs: Any, num_outputs: Any,
+) -> None:  # fmt: skip
+    """The product for 16 to 32 tokens: one stream of blocks, each row of tiles used twice."""
+    depth = num_inputs // DEPTH
+    second = num_tokens - ROWS  # the last 16 rows; they may overlap with the first, to the same end
+    sums = np.empty((4, ROWS * ROWS), np.float32)
+    sums_0, sums_1, sums_2, sums_3 = sums[0], sums[1], sums[2], sums[3]
+    configure(configuration)
+    for block in range(num_outputs // BLOCK):
+        at = block * depth * BLOCK_NUMBERS
+        clear_0()
+        clear_1()
+        clear_2()
+        clear_3()
+        for k in range(depth):
+            load_4(x, k * DEPTH, num_inputs * 2)
+            _fetch(weights, at)
+            load_6(weights, at, BLOCK_ROW_BYTES)
+            add_0_of_4_6()
+            load_5(x, second * num_inputs + k * DEPTH, num_inputs * 2)
+            add_2_of_5_6()
+            _fetch(weights, at + DEPTH)
+            load_7(weights, at + DEPTH, BLOCK_ROW_BYTES)
+            add_1_of_4_7()
+            add_3_of_5_7()
+            at += BLOCK_NUMBERS
+        store_0(sums_0, 0, ROW_BYTES)
+        store_1(sums_1, 0, ROW_BYTES)
+        store_2(sums_2, 0, ROW_BYTES)
+        store_3(sums_3, 0, ROW_BYTES)
+        column = block * BLOCK
+        _finish(sums_0, bias_O, then, others, outs, 0, ROWS, num_outputs, column)
+        _finish(sums_1, bias_O, then, others, outs, 0, ROWS, num_outputs, column + ROWS)
+        _finish(sums_2, bias_O, then, others, outs, second, ROWS, num_outputs, column)
+        _finish(sums_3, bias_O, then, others, outs, second, ROWS, num_outputs, column + ROWS)
+    release()
+
+
+@jit
+def multiply(
+    configuration: Any, x: Any, weights: Any, bias_O: Any, then: Any, others: Any, outs: Any,
+    num_tokens: Any, num_inputs: Any, num_outputs: Any,
+) -> None:  # fmt: skip
+    """The product for 1 to `MOST_ROWS` tokens. `configuration` is that of ``min(T, 16)`` rows.
+
+    Some outputs may be computed twice, so what `then` reads of `others` must be memory of its own.
+    Whoever else uses tiles in this thread has to configure them again.
+    """
+    if num_tokens <= ROWS:
+        _of_16(configuration, x, weights, bias_O, then, others, outs, num_tokens, num_inputs, num_outputs)
+    else:
+        _of_32(configuration, x, weights, bias_O, then, others, outs, num_tokens, num_inputs, num_outputs)

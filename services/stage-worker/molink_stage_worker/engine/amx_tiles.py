@@ -1,0 +1,175 @@
+"""A CPU's matrix tiles (AMX: Intel since Sapphire Rapids) in compiled loops, and weights as oneDNN lays them out.
+
+Instructions: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18. A tile has 16 rows of
+64 bytes; one instruction adds the product of 16 rows of 32 activations and a tile of 32 × 16 weights to 16 × 16 sums in
+float32. Which of the eight tiles is which: see `configuration`.
+
+Shapes: I inputs, O outputs. bfloat16 as the integers of their bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import binding, ir
+from numba import int64, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from molink_stage_worker.engine.compiling import prefetch_at
+
+ROWS = 16
+"""Tokens of a tile of activations, outputs of a tile of weights."""
+DEPTH = 32
+"""Inputs of a tile."""
+ROW_BYTES = 64
+BLOCK = 32
+"""Outputs that oneDNN lays side by side: two tiles, whose rows take turns."""
+BLOCK_ROW_BYTES = 128
+BLOCK_NUMBERS = BLOCK * DEPTH
+
+
+@cache
+def are_here() -> bool:
+    """Whether this processor has tiles and the system lets this process and its threads use them."""
+    features = binding.get_host_cpu_features()
+    return bool(features.get("amx-tile") and features.get("amx-bf16") and torch.cpu._init_amx())
+
+
+def memory_of(packed: torch.Tensor, weight_OI: torch.Tensor) -> Any:
+    """The numbers of a matrix that oneDNN has packed; None unless they lie as `in_blocks` has them.
+
+    How oneDNN lays weights out is its own business, so it is looked at: the first and the last block.
+    """
+    outputs, inputs = weight_OI.shape
+    if outputs % BLOCK or inputs % DEPTH or torch.ops.mkldnn._nbytes(packed) != 2 * weight_OI.numel():
+        return None
+    address = torch.ops.mkldnn.data_ptr(packed)
+    numbers = np.ctypeslib.as_array((ctypes.c_uint16 * weight_OI.numel()).from_address(address))
+    first, last = (in_blocks(part).numpy() for part in (weight_OI[:BLOCK], weight_OI[-BLOCK:]))
+    lies_so = np.array_equal(numbers[: first.size], first) and np.array_equal(numbers[-last.size :], last)
+    return numbers if lies_so else None
+
+
+def in_blocks(weight_OI: torch.Tensor) -> torch.Tensor:
+    """Weights as the loops of `amx_products` read them: all inputs of 32 outputs, then of the next 32.
+
+    Within a block two inputs of an output are neighbours, as the instruction wants them.
+    """
+    outputs, inputs = weight_OI.shape
+    parts = weight_OI.contiguous().view(torch.uint16).view(outputs // BLOCK, BLOCK, inputs // DEPTH, DEPTH // 2, 2)
+    return parts.permute(0, 2, 3, 1, 4).reshape(-1)
+
+
+@cache
+def configuration(num_rows: int) -> Any:
+    """How the eight tiles are used: 0 to 3 sums and 4, 5 activations of `num_rows` rows; 6, 7 weights."""
+    words = np.zeros(64, np.uint8)
+    words[0] = 1  # the only palette there is
+    row_bytes, rows = words[16:32].view(np.uint16), words[48:56]
+    row_bytes[:] = ROW_BYTES
+    rows[:6], rows[6:] = num_rows, ROWS
+    return words
+
+
+def _address(context: Any, builder: Any, kind: Any, array: Any, place: Any) -> Any:
+    """Of an element of a flat array, by its place."""
+    view = context.make_array(kind)(context, builder, array)
+    return builder.bitcast(builder.gep(view.data, [place]), ir.IntType(8).as_pointer())
+
+
+def _call(builder: Any, name: str, arguments: Any) -> None:
+    function_type = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
+    builder.call(cgutils.get_or_insert_function(builder.module, function_type, f"llvm.x86.{name}"), arguments)
+
+
+def _tile(number: int) -> Any:
+    return ir.IntType(8)(number)
+
+
+def _moving(name: str, number: int) -> Any:
+    @intrinsic
+    def move(_context: Any, array: Any, place: Any, row_bytes: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            address = _address(context, builder, signature.args[0], arguments[0], arguments[1])
+            _call(builder, name, [_tile(number), address, arguments[2]])
+            return context.get_dummy_value()
+
+        return types.none(array, int64, int64), generate
+
+    return move
+
+
+def _on_tiles(name: str, *numbers: int) -> Any:
+    @intrinsic
+    def act(_context: Any) -> Any:
+        def generate(context: Any, builder: Any, _signature: Any, _arguments: Any) -> Any:
+            _call(builder, name, [_tile(number) for number in numbers])
+            return context.get_dummy_value()
+
+        return types.none(), generate
+
+    return act
+
+
+@intrinsic
+def configure(_context: Any, words: Any) -> Any:
+    """Take `configuration` into use; clears all tiles."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address = _address(context, builder, signature.args[0], arguments[0], ir.IntType(64)(0))
+        _call(builder, "ldtilecfg", [address])
+        return context.get_dummy_value()
+
+    return types.none(words), generate
+
+
+release = _on_tiles("tilerelease")
+clear_0, clear_1, clear_2, clear_3 = (_on_tiles("tilezero", number) for number in range(4))
+store_0, store_1, store_2, store_3 = (_moving("tilestored64", number) for number in range(4))
+load_4, load_5, load_6, load_7 = (_moving("tileloadd64", number) for number in range(4, 8))
+add_0_of_4_6, add_1_of_4_7, add_2_of_4_6, add_3_of_4_7, add_2_of_5_6, add_3_of_5_7 = (
+    _on_tiles("tdpbf16ps", *numbers) for numbers in ((0, 4, 6), (1, 4, 7), (2, 4, 6), (3, 4, 7), (2, 5, 6), (3, 5, 7))
+)
+
+
+@intrinsic
+def fetch_row(_context: Any, array: Any, place: Any) -> Any:
+    """Have the processor fetch the cache line of an element. It may lie outside the array."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address = _address(context, builder, signature.args[0], arguments[0], arguments[1])
+        prefetch_at(builder, address)
+        return context.get_dummy_value()
+
+    return types.none(array, int64), generate
+
+
+@intrinsic
+def get(_context: Any, array: Any, place: Any) -> Any:
+    """An element of a flat array, by a place that is not below 0.
+
+    numba's own index asks whether it is, and then the loop around it takes one element at a time.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        view = context.make_array(signature.args[0])(context, builder, arguments[0])
+        return builder.load(builder.gep(view.data, [arguments[1]]))
+
+    return array.dtype(array, int64), generate
+
+
+@intrinsic
+def put(_context: Any, array: Any, place: Any, value: Any) -> Any:
+    """Write an element of a flat array."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        view = context.make_array(signature.args[0])(context, builder, arguments[0])
+        builder.store(arguments[2], builder.gep(view.data, [arguments[1]]))
+        return context.get_dummy_value()
+
+    return types.none(array, int64, array.dtype), generate

@@ -1,0 +1,116 @@
+"""All layers of a stage as one module: a small step takes one compiled call, any other goes layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from molink_stage_worker.engine import amx_layers, amx_tiles, kernels
+from molink_stage_worker.engine.amx_layers import Column
+from molink_stage_worker.engine.amx_products import MOST_ROWS
+from molink_stage_worker.engine.attention import PagedStep
+from molink_stage_worker.engine.compiled_layers import CompiledLayer
+from molink_stage_worker.engine.kv_store import KvStore
+from molink_stage_worker.engine.projections import PackedProjection
+
+_NO_BLOCKS = np.empty(0, np.int64)
+
+
+class LayerStack(nn.Module):
+    """Takes the place of the layers of a model, as the only one."""
+
+    def __init__(self, layers: Sequence[CompiledLayer]) -> None:
+        """`layers` are those of which `can_stack` holds."""
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self._first = layers[0]
+        self._table_LC = np.array([_row(layer) for layer in layers], np.int64)
+        self._store: KvStore | None = None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        *,
+        paged: PagedStep,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        **others: Any,
+    ) -> torch.Tensor:
+        """``[1, T, H]`` to ``[1, T, H]``, as all layers one after the other."""
+        plan = paged.plan
+        is_small = plan.num_tokens <= MOST_ROWS and not plan.token_reads().has_chunks
+        if not is_small or torch.get_num_threads() > 1:
+            for layer in self.layers:
+                hidden_states = layer(hidden_states, paged=paged, position_embeddings=position_embeddings, **others)
+            return hidden_states
+        first, reads = self._first, plan.token_reads()
+        if self._store is not paged.store:
+            self._find(paged.store, hidden_states)
+        hidden_TH = hidden_states[0].clone(memory_format=torch.contiguous_format)
+        amx_layers.layers(
+            amx_tiles.configuration(min(plan.num_tokens, amx_tiles.ROWS)),
+            self._table_LC,
+            kernels.array_of(hidden_TH),
+            first.epsilon,
+            *first.angles_of(position_embeddings),
+            plan.slots,
+            reads.rows_R,
+            reads.tables_R,
+            reads.ends_R,
+            reads.blocks_N,
+            _NO_BLOCKS if plan.blocks_to_clear is None else plan.blocks_to_clear.numpy(),
+            plan.block_size,
+            first.scaling,
+            first.num_keys,
+            first.num_queries,
+            first.head_size,
+            paged.store.num_blocks * paged.store.block_size,
+            first.gate.num_outputs,
+        )
+        return hidden_TH.unsqueeze(0)
+
+    def _find(self, store: KvStore, like: torch.Tensor) -> None:
+        """Note where a store keeps the keys and values of each layer."""
+        for layer, row in zip(self.layers, self._table_LC, strict=True):
+            one_KTD = like.new_empty(layer.num_keys, 1, layer.head_size)
+            found = store.cleared(layer.layer_idx, one_KTD, one_KTD, blocks_to_clear=None)
+            row[Column.KEYS], row[Column.VALUES] = found.keys_KSD.data_ptr(), found.values_KSE.data_ptr()
+        self._store = store
+
+
+def can_stack(layers: Sequence[nn.Module]) -> bool:
+    """Whether there are layers, all of them compiled and alike, with their weights in tiles that are here."""
+    compiled = [layer for layer in layers if isinstance(layer, CompiledLayer)]
+    if not compiled or len(compiled) < len(layers) or len({_shape(layer) for layer in compiled}) > 1:
+        return False
+    weights = [one for layer in compiled for one in _projections(layer)]
+    return all(isinstance(one, PackedProjection) and one.in_tiles is not None for one in weights) and (
+        amx_layers.are_possible()
+    )
+
+
+def _projections(layer: CompiledLayer) -> tuple[Any, ...]:
+    return layer.query_key_value, layer.output, layer.gate, layer.up, layer.down
+
+
+def _shape(layer: CompiledLayer) -> tuple[Any, ...]:
+    return layer.num_queries, layer.num_keys, layer.head_size, layer.scaling, layer.epsilon
+
+
+def _row(layer: CompiledLayer) -> list[int]:
+    row = [0] * len(Column)
+    for place, projection in enumerate(_projections(layer)):
+        row[Column.QUERY_KEY_VALUE + place] = projection.in_tiles.ctypes.data
+        row[Column.QUERY_KEY_VALUE_BIAS + place] = _address(projection.bias)
+    for place, weight in enumerate(layer.norm_weights):
+        row[Column.INPUT_NORM + place] = _address(weight)
+    row[Column.WINDOW] = layer.sliding_window or kernels.SEES_ALL
+    row[Column.TURNS] = int(layer.turns)
+    return row
+
+
+def _address(array: Any) -> int:
+    return array.ctypes.data if array.size else 0
