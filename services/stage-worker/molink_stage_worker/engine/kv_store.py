@@ -29,7 +29,7 @@ class LayerStore:
     """Keys and values as arrays (again the same memory), once compiled code has asked for them."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class KvStore:
     """All layers of a stage."""
 

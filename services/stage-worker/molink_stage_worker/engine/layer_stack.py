@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import torch
@@ -27,9 +28,10 @@ class LayerStack(nn.Module):
         """`layers` are those of which `can_stack` holds."""
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self._first = layers[0]
+        self._compiled = tuple(layers)
         self._table_LC = np.array([_row(layer) for layer in layers], np.int64)
-        self._store: KvStore | None = None
+        self._store: ref[KvStore] | None = None
+        """Where keys and values are, by the table. Not kept alive: it is most of a worker's memory."""
 
     def forward(
         self,
@@ -43,11 +45,11 @@ class LayerStack(nn.Module):
         plan = paged.plan
         is_small = plan.num_tokens <= MOST_ROWS and not plan.token_reads().has_chunks
         if not is_small or torch.get_num_threads() > 1:
-            for layer in self.layers:
+            for layer in self._compiled:
                 hidden_states = layer(hidden_states, paged=paged, position_embeddings=position_embeddings, **others)
             return hidden_states
-        first, reads = self._first, plan.token_reads()
-        if self._store is not paged.store:
+        first, reads = self._compiled[0], plan.token_reads()
+        if self._store is None or self._store() is not paged.store:
             self._find(paged.store, hidden_states)
         hidden_TH = hidden_states[0].clone(memory_format=torch.contiguous_format)
         amx_layers.layers(
@@ -74,11 +76,11 @@ class LayerStack(nn.Module):
 
     def _find(self, store: KvStore, like: torch.Tensor) -> None:
         """Note where a store keeps the keys and values of each layer."""
-        for layer, row in zip(self.layers, self._table_LC, strict=True):
+        for layer, row in zip(self._compiled, self._table_LC, strict=True):
             one_KTD = like.new_empty(layer.num_keys, 1, layer.head_size)
             found = store.cleared(layer.layer_idx, one_KTD, one_KTD, blocks_to_clear=None)
             row[Column.KEYS], row[Column.VALUES] = found.keys_KSD.data_ptr(), found.values_KSE.data_ptr()
-        self._store = store
+        self._store = ref(store)
 
 
 def can_stack(layers: Sequence[nn.Module]) -> bool:
