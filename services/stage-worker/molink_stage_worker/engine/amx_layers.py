@@ -1,8 +1,8 @@
-"""All layers of a stage for a small step, as one compiled call on AMX tiles.
+"""All layers of a stage as one compiled call on AMX tiles; or what surrounds attention, as two calls a layer.
 
 A product streams its weights through the processor's cache and drives everything else out of it. Back in Python, the
-interpreter has to be fetched again line by line: some 40 µs after each call, eleven times a layer. Here it is one call
-for all layers.
+interpreter has to be fetched again line by line: some 40 µs after each call, eleven times a layer. So there are as few
+calls as can be: one for all layers, or two a layer where a prompt's chunk is attended by torch.
 
 Arrays come as addresses, since numba takes no lists of them without looking at each. Shapes: as in `kernels`; I inner
 size, L layers, C columns of `Column`.
@@ -84,6 +84,79 @@ def _floats(address: Any, count: Any) -> Any:
     return numba.carray(_floats_at(address), (count if address != 0 else 0,))
 
 
+@jit
+def _store(own: Any, key_heads: Any, num_slots: Any, head_size: Any) -> Any:
+    """Keys and values of a layer."""
+    shape = (key_heads, num_slots, head_size)
+    count = key_heads * num_slots * head_size
+    return _numbers(own[_KEYS], count).reshape(shape), _numbers(own[_VALUES], count).reshape(shape)
+
+
+@partial(jit, nogil=True)
+def before_attention(  # noqa: PLR0917  numba takes no names
+    tiles: Any,
+    own: Any,
+    hidden_TH: Any,
+    epsilon: Any,
+    cos_TF: Any,
+    sin_TF: Any,
+    slots_T: Any,
+    cleared: Any,
+    block_size: Any,
+    key_heads: Any,
+    head_size: Any,
+    num_slots: Any,
+    rows_TW: Any,
+) -> None:
+    """Queries, keys and values of the layer of row `own` into `rows_TW`, turned; keys and values into the store.
+
+    `cleared` are blocks to be emptied before. The rest is as `kernels` and `amx_products` take it.
+    """
+    tokens, size = hidden_TH.shape
+    width = rows_TW.shape[1]
+    keys_KSD, values_KSD = _store(own, key_heads, num_slots, head_size)
+    for block in cleared:
+        keys_KSD[:, block * block_size : (block + 1) * block_size] = 0
+        values_KSD[:, block * block_size : (block + 1) * block_size] = 0
+    normed_TH = np.empty((tokens, size), np.uint16)
+    norm(hidden_TH, _floats(own[_NORM_1], size), epsilon, normed_TH)
+    rows, normed = rows_TW.reshape(-1), normed_TH.reshape(-1)
+    weights, bias = _numbers(own[_QKV], width * size), _floats(own[_QKV_B], width)
+    multiply(tiles, normed, weights, bias, _NOTHING, rows, rows, tokens, size, width)
+    no_angles = np.empty((0, 0), np.float32)
+    rotate_and_store(
+        rows_TW,
+        cos_TF if own[_TURNS] else no_angles,
+        sin_TF if own[_TURNS] else no_angles,
+        _floats(own[_QUERY_NORM], head_size),
+        _floats(own[_KEY_NORM], head_size),
+        epsilon,
+        slots_T,
+        keys_KSD,
+        values_KSD,
+    )
+
+
+@partial(jit, nogil=True)
+def after_attention(tiles: Any, own: Any, hidden_TH: Any, epsilon: Any, found_TQ: Any, inner: Any) -> None:
+    """The rest of the layer of row `own`: takes `hidden_TH`, what went into it, to what comes out of it."""
+    tokens, size = hidden_TH.shape
+    queries = found_TQ.shape[1]
+    after_TH, normed_TH = np.empty((tokens, size), np.uint16), np.empty((tokens, size), np.uint16)
+    gate, up = np.empty(tokens * inner, np.uint16), np.empty(tokens * inner, np.uint16)
+    hidden, found, normed = hidden_TH.reshape(-1), found_TQ.reshape(-1), normed_TH.reshape(-1)
+    after = after_TH.reshape(-1)
+    w_output, b_output = _numbers(own[_OUTPUT], size * queries), _floats(own[_OUTPUT_B], size)
+    w_gate, b_gate = _numbers(own[_GATE], inner * size), _floats(own[_GATE_B], inner)
+    w_up, b_up = _numbers(own[_UP], inner * size), _floats(own[_UP_B], inner)
+    w_down, b_down = _numbers(own[_DOWN], size * inner), _floats(own[_DOWN_B], size)
+    multiply(tiles, found, w_output, b_output, _PLUS, hidden, after, tokens, queries, size)
+    norm(after_TH, _floats(own[_NORM_2], size), epsilon, normed_TH)
+    multiply(tiles, normed, w_gate, b_gate, _SILU, gate, gate, tokens, size, inner)
+    multiply(tiles, normed, w_up, b_up, _TIMES, gate, up, tokens, size, inner)
+    multiply(tiles, up, w_down, b_down, _PLUS, after, hidden, tokens, inner, size)
+
+
 @partial(jit, nogil=True)
 def layers(  # noqa: PLR0917  numba takes no names
     tiles: Any,
@@ -93,76 +166,32 @@ def layers(  # noqa: PLR0917  numba takes no names
     cos_TF: Any,
     sin_TF: Any,
     slots_T: Any,
+    cleared: Any,
+    block_size: Any,
+    key_heads: Any,
+    head_size: Any,
+    num_slots: Any,
+    rows_TW: Any,
     attended_R: Any,
     tables_R: Any,
     ends_R: Any,
     blocks_N: Any,
-    cleared: Any,
-    block_size: Any,
     scale: Any,
-    key_heads: Any,
-    query_heads: Any,
-    head_size: Any,
-    num_slots: Any,
     inner: Any,
 ) -> None:
-    """Take `hidden_TH` through all layers, in place, for 1 to `amx_products.MOST_ROWS` tokens that are all attended.
-
-    `cleared` are blocks to be emptied first. The rest is as `kernels` and `amx_products` take it.
-    """
-    tokens, size = hidden_TH.shape
-    queries = query_heads * head_size
-    width = queries + 2 * key_heads * head_size
-    store_shape = (key_heads, num_slots, head_size)
-    normed_TH, after_TH = np.empty((tokens, size), np.uint16), np.empty((tokens, size), np.uint16)
-    rows_TW, found_TQ = np.empty((tokens, width), np.uint16), np.empty((tokens, queries), np.uint16)
-    gate, up = np.empty(tokens * inner, np.uint16), np.empty(tokens * inner, np.uint16)
-    hidden, normed, after = hidden_TH.reshape(-1), normed_TH.reshape(-1), after_TH.reshape(-1)
-    rows, found = rows_TW.reshape(-1), found_TQ.reshape(-1)
-    no_angles = np.empty((0, 0), np.float32)
+    """Take `hidden_TH` through all layers, in place, for tokens that are all attended one by one."""
+    found_TQ = np.empty((hidden_TH.shape[0], rows_TW.shape[1] - 2 * key_heads * head_size), np.uint16)
     for own in table_LC:
-        keys_KSD = _numbers(own[_KEYS], num_slots * key_heads * head_size).reshape(store_shape)
-        values_KSD = _numbers(own[_VALUES], num_slots * key_heads * head_size).reshape(store_shape)
-        for block in cleared:
-            keys_KSD[:, block * block_size : (block + 1) * block_size] = 0
-            values_KSD[:, block * block_size : (block + 1) * block_size] = 0
-        w_qkv, b_qkv = _numbers(own[_QKV], width * size), _floats(own[_QKV_B], width)
-        w_output, b_output = _numbers(own[_OUTPUT], size * queries), _floats(own[_OUTPUT_B], size)
-        w_gate, b_gate = _numbers(own[_GATE], inner * size), _floats(own[_GATE_B], inner)
-        w_up, b_up = _numbers(own[_UP], inner * size), _floats(own[_UP_B], inner)
-        w_down, b_down = _numbers(own[_DOWN], size * inner), _floats(own[_DOWN_B], size)
-
-        norm(hidden_TH, _floats(own[_NORM_1], size), epsilon, normed_TH)
-        multiply(tiles, normed, w_qkv, b_qkv, _NOTHING, rows, rows, tokens, size, width)
-        rotate_and_store(
-            rows_TW,
-            cos_TF if own[_TURNS] else no_angles,
-            sin_TF if own[_TURNS] else no_angles,
-            _floats(own[_QUERY_NORM], head_size),
-            _floats(own[_KEY_NORM], head_size),
-            epsilon,
-            slots_T,
-            keys_KSD,
-            values_KSD,
-        )
+        before_attention(
+            tiles, own, hidden_TH, epsilon, cos_TF, sin_TF, slots_T, cleared, block_size,
+            key_heads, head_size, num_slots, rows_TW,
+        )  # fmt: skip
+        keys_KSD, values_KSD = _store(own, key_heads, num_slots, head_size)
         attend(
-            rows_TW,
-            attended_R,
-            tables_R,
-            ends_R,
-            blocks_N,
-            block_size,
-            own[_WINDOW],
-            scale,
-            keys_KSD,
-            values_KSD,
-            found_TQ,
-        )
-        multiply(tiles, found, w_output, b_output, _PLUS, hidden, after, tokens, queries, size)
-        norm(after_TH, _floats(own[_NORM_2], size), epsilon, normed_TH)
-        multiply(tiles, normed, w_gate, b_gate, _SILU, gate, gate, tokens, size, inner)
-        multiply(tiles, normed, w_up, b_up, _TIMES, gate, up, tokens, size, inner)
-        multiply(tiles, up, w_down, b_down, _PLUS, after, hidden, tokens, inner, size)
+            rows_TW, attended_R, tables_R, ends_R, blocks_N, block_size, own[_WINDOW], scale,
+            keys_KSD, values_KSD, found_TQ,
+        )  # fmt: skip
+        after_attention(tiles, own, hidden_TH, epsilon, found_TQ, inner)
 
 
 @cache
@@ -170,9 +199,9 @@ def are_possible() -> bool:
     """Whether this processor has what it takes. Compiles, some seconds."""
     if not amx_tiles.are_here():
         return False
-    integers, angles = int64[::1], float32[:, ::1]
-    layers.compile(
-        (uint8[::1], int64[:, ::1], uint16[:, ::1], float64, angles, angles, *(integers,) * 6, int64, float64)
-        + (int64,) * 5
-    )
+    integers, angles, rows = int64[::1], float32[:, ::1], uint16[:, ::1]
+    before: Any = (angles, angles, integers, integers, int64, int64, int64, int64, rows)
+    before_attention.compile((uint8[::1], integers, rows, float64, *before))
+    after_attention.compile((uint8[::1], integers, rows, float64, rows, int64))
+    layers.compile((uint8[::1], int64[:, ::1], rows, float64, *before, *(integers,) * 4, float64, int64))
     return True

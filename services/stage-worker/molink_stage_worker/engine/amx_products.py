@@ -51,8 +51,8 @@ from molink_stage_worker.engine.amx_tiles import (
 )
 from molink_stage_worker.engine.compiling import exp, jit, narrow, widen
 
-MOST_ROWS = 32
-"""More than that oneDNN computes faster."""
+MOST_ROWS = 64
+"""More than that oneDNN computes as fast, and faster from 100 on."""
 
 _AHEAD = 4
 """Blocks of each stream that are fetched before their turn."""
@@ -211,12 +211,18 @@ def multiply(
     configuration: Any, x: Any, weights: Any, bias_O: Any, then: Any, others: Any, outs: Any,
     num_tokens: Any, num_inputs: Any, num_outputs: Any,
 ) -> None:  # fmt: skip
-    """The product for 1 to `MOST_ROWS` tokens. `configuration` is that of ``min(T, 16)`` rows.
+    """``x W^T + bias``, then what `then` says, into `outs`, for one token or more; 32 at a time.
+
+    `configuration` is that of ``min(T, 16)`` rows.
 
     Some outputs may be computed twice, so what `then` reads of `others` must be memory of its own.
     Whoever else uses tiles in this thread has to configure them again.
     """
     if num_tokens <= ROWS:
         _of_16(configuration, x, weights, bias_O, then, others, outs, num_tokens, num_inputs, num_outputs)
-    else:
-        _of_32(configuration, x, weights, bias_O, then, others, outs, num_tokens, num_inputs, num_outputs)
+        return
+    for start in range(0, num_tokens, 2 * ROWS):
+        first = max(min(start, num_tokens - 2 * ROWS), 0)
+        rows = min(num_tokens, 2 * ROWS)
+        some_x, at = x[first * num_inputs :], first * num_outputs
+        _of_32(configuration, some_x, weights, bias_O, then, others[at:], outs[at:], rows, num_inputs, num_outputs)

@@ -13,6 +13,7 @@ from torch import nn
 
 from molink_stage_worker.engine import kernels
 from molink_stage_worker.engine.attention import Kind, PagedStep, attend, attend_chunks
+from molink_stage_worker.engine.kv_store import LayerStore
 from molink_stage_worker.engine.lean_layers import LeanLayer, Rotation
 
 _KEYS_FOR_ONE_THREAD = 4_096
@@ -66,17 +67,19 @@ class CompiledLayer(LeanLayer):
     def _attended(
         self, rows_TW: torch.Tensor, paged: PagedStep, angles: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
-        plan, heads = paged.plan, self.num_queries + self.num_keys
-        heads_NTD = rows_TW.view(-1, heads + self.num_keys, self.head_size).transpose(0, 1)
-        keys_KTD, values_KTD = heads_NTD[self.num_queries : heads], heads_NTD[heads:]
-        store = paged.store.cleared(self.layer_idx, keys_KTD, values_KTD, blocks_to_clear=plan.blocks_to_clear)
-        if store.arrays is None:
-            store.arrays = (kernels.array_of(store.keys_KSD), kernels.array_of(store.values_KSE))
-        keys_KSD, values_KSD = store.arrays
+        plan = paged.plan
+        store = self._store(rows_TW, paged, blocks_to_clear=plan.blocks_to_clear)
         cos_TF, sin_TF = self.angles_of(angles) if self.turns else (_NO_ANGLES, _NO_ANGLES)
-        rows = kernels.array_of(rows_TW)
         weights = (*self.norm_weights[2:], self.epsilon)
-        kernels.rotate_and_store(rows, cos_TF, sin_TF, *weights, plan.slots, keys_KSD, values_KSD)
+        kernels.rotate_and_store(kernels.array_of(rows_TW), cos_TF, sin_TF, *weights, plan.slots, *store.arrays)
+        return self.found(rows_TW, paged)
+
+    def found(self, rows_TW: torch.Tensor, paged: PagedStep) -> torch.Tensor:
+        """What the queries find, ``[T, N * D]``, once all of `rows_TW` is turned, and keys and values are stored."""
+        plan, heads = paged.plan, self.num_queries + self.num_keys
+        heads_NTD = self._heads(rows_TW)
+        keys_KTD, values_KTD = heads_NTD[self.num_queries : heads], heads_NTD[heads:]
+        store = self._store(rows_TW, paged, blocks_to_clear=None)
         reads = plan.token_reads()
         kind = Kind(self.scaling)
         if reads.num_keys > _KEYS_FOR_ONE_THREAD and torch.get_num_threads() > 1:
@@ -88,12 +91,28 @@ class CompiledLayer(LeanLayer):
         if len(reads.rows_R):
             window = self.sliding_window or kernels.SEES_ALL
             where = (reads.rows_R, reads.tables_R, reads.ends_R, reads.blocks_N, plan.block_size, window)
-            kernels.attend(rows, *where, self.scaling, keys_KSD, values_KSD, kernels.array_of(found_TI))
+            rows, found = kernels.array_of(rows_TW), kernels.array_of(found_TI)
+            kernels.attend(rows, *where, self.scaling, *store.arrays, found)
         if reads.has_chunks:
             found_TND = found_TI.view(-1, self.num_queries, self.head_size)
             chunks = plan.long_chunks(self.sliding_window)
             attend_chunks(heads_NTD[: self.num_queries], keys_KTD, values_KTD, store, chunks, kind, found_TND)
         return found_TI
+
+    def _heads(self, rows_TW: torch.Tensor) -> torch.Tensor:
+        """``[N, T, D]``: queries, keys, values."""
+        return rows_TW.view(rows_TW.shape[0], -1, self.head_size).transpose(0, 1)
+
+    def _store(self, rows_TW: torch.Tensor, paged: PagedStep, *, blocks_to_clear: torch.Tensor | None) -> LayerStore:
+        """The layer's keys and values, with `arrays`."""
+        queries, keys = self.num_queries, self.num_queries + self.num_keys
+        heads_NTD = self._heads(rows_TW)
+        store = paged.store.cleared(
+            self.layer_idx, heads_NTD[queries:keys], heads_NTD[keys:], blocks_to_clear=blocks_to_clear
+        )
+        if store.arrays is None:
+            store.arrays = (kernels.array_of(store.keys_KSD), kernels.array_of(store.values_KSE))
+        return store
 
 
 def _floats(weight: torch.Tensor) -> Any:

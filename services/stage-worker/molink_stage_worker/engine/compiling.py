@@ -1,11 +1,13 @@
 """What the compiled loops of an engine are made of: how they are compiled, scalars, and a word to the cache.
 
-A scalar in memory is float32, or bfloat16 as the integer of its bits. (numba notices a change of the file of a loop
-only: after a change here, remove what it keeps in `__pycache__`.)
+A scalar in memory is float32, or bfloat16 as the integer of its bits. What numba compiles is kept in the cache folder,
+in a folder for this very version: numba itself looks at the file of a loop only, not at those that it calls.
 """
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -14,15 +16,27 @@ from numba import float32, int32, types, uint16, uint32
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
+from molink_common.folders import cache_folder
+
+
+def _kept_in() -> Path:
+    digest = hashlib.sha256()
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    return cache_folder() / "compiled" / digest.hexdigest()[:16]
+
+
+numba.config.CACHE_DIR = str(_kept_in())
+
 ANY_ORDER = {"reassoc", "contract", "nsz", "arcp"}
 """Sums may be taken in any order, which is what lets them be computed sixteen at a time. NaN stays NaN."""
 
 
 def jit(function: Any, **options: Any) -> Any:
-    """Have numba compile `function`; what comes out is kept beside its file, where that can be written."""
+    """Have numba compile `function`; what comes out is kept, where that can be written."""
     try:
         return numba.njit(function, fastmath=ANY_ORDER, cache=True, **options)
-    except RuntimeError:  # nowhere to keep it: neither beside this file nor in the user's own cache
+    except RuntimeError:  # nowhere to keep it
         return numba.njit(function, fastmath=ANY_ORDER, **options)
 
 

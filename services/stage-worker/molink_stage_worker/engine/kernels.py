@@ -3,8 +3,8 @@
 Between the matrix products of a small step torch needs some thirty calls a layer, most of which do less work than
 they cost: a norm is eight of them, and attention copies every key and value out of the paged store before it looks
 at them. Here the same is three calls a layer, and keys are read where they lie. numba brings the compiler along
-(LLVM, in its wheel), so no toolchain is needed. Compiling takes about three seconds; what comes out is kept where
-Python keeps its own compiled files, if that can be written.
+(LLVM, in its wheel), so no toolchain is needed. Compiling takes about three seconds; what comes out is kept
+in the cache folder, if that can be written.
 
 Arithmetic is float32 inside, whatever the dtype of memory. A token's attention is computed alone, key after key:
 it is the same whoever else is in the step. (Longer chunks, and long contexts where torch has several threads, do not

@@ -25,7 +25,7 @@ class LayerStore:
     values_KSE: torch.Tensor
     keys_KNX: torch.Tensor
     values_KNX: torch.Tensor
-    arrays: tuple[Any, Any] | None = None
+    arrays: Any = None
     """Keys and values as arrays (again the same memory), once compiled code has asked for them."""
 
 

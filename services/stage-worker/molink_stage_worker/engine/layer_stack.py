@@ -1,4 +1,4 @@
-"""All layers of a stage as one module: a small step takes one compiled call, any other goes layer by layer."""
+"""All layers of a stage as one module: small steps take one compiled call or two a layer, others go layer by layer."""
 
 from __future__ import annotations
 
@@ -43,36 +43,34 @@ class LayerStack(nn.Module):
     ) -> torch.Tensor:
         """``[1, T, H]`` to ``[1, T, H]``, as all layers one after the other."""
         plan = paged.plan
-        is_small = plan.num_tokens <= MOST_ROWS and not plan.token_reads().has_chunks
-        if not is_small or torch.get_num_threads() > 1:
+        if plan.num_tokens > MOST_ROWS or torch.get_num_threads() > 1:
             for layer in self._compiled:
                 hidden_states = layer(hidden_states, paged=paged, position_embeddings=position_embeddings, **others)
             return hidden_states
-        first, reads = self._compiled[0], plan.token_reads()
         if self._store is None or self._store() is not paged.store:
             self._find(paged.store, hidden_states)
         hidden_TH = hidden_states[0].clone(memory_format=torch.contiguous_format)
-        amx_layers.layers(
-            amx_tiles.configuration(min(plan.num_tokens, amx_tiles.ROWS)),
-            self._table_LC,
-            kernels.array_of(hidden_TH),
-            first.epsilon,
-            *first.angles_of(position_embeddings),
-            plan.slots,
-            reads.rows_R,
-            reads.tables_R,
-            reads.ends_R,
-            reads.blocks_N,
-            _NO_BLOCKS if plan.blocks_to_clear is None else plan.blocks_to_clear.numpy(),
-            plan.block_size,
-            first.scaling,
-            first.num_keys,
-            first.num_queries,
-            first.head_size,
-            paged.store.num_blocks * paged.store.block_size,
-            first.gate.num_outputs,
-        )
+        self._run(hidden_TH, paged, self._compiled[0].angles_of(position_embeddings))
         return hidden_TH.unsqueeze(0)
+
+    def _run(self, hidden_TH: torch.Tensor, paged: PagedStep, angles: tuple[Any, Any]) -> None:
+        """Take the hidden states through all layers, in place."""
+        first, plan, store, reads = self._compiled[0], paged.plan, paged.store, paged.plan.token_reads()
+        tiles = amx_tiles.configuration(min(plan.num_tokens, amx_tiles.ROWS))
+        rows_TW = hidden_TH.new_empty(plan.num_tokens, (first.num_queries + 2 * first.num_keys) * first.head_size)
+        cleared = _NO_BLOCKS if plan.blocks_to_clear is None else plan.blocks_to_clear.numpy()
+        hidden, rows = kernels.array_of(hidden_TH), kernels.array_of(rows_TW)
+        num_slots, inner = store.num_blocks * store.block_size, first.gate.num_outputs
+        state = (hidden, first.epsilon)
+        before = (*angles, plan.slots, cleared, plan.block_size, first.num_keys, first.head_size, num_slots, rows)
+        if not reads.has_chunks:
+            where = (reads.rows_R, reads.tables_R, reads.ends_R, reads.blocks_N)
+            amx_layers.layers(tiles, self._table_LC, *state, *before, *where, first.scaling, inner)
+            return
+        for layer, own in zip(self._compiled, self._table_LC, strict=True):
+            amx_layers.before_attention(tiles, own, *state, *before)
+            found = kernels.array_of(layer.found(rows_TW, paged))
+            amx_layers.after_attention(tiles, own, *state, found, inner)
 
     def _find(self, store: KvStore, like: torch.Tensor) -> None:
         """Note where a store keeps the keys and values of each layer."""
