@@ -11,7 +11,7 @@ from torch.nn.functional import linear, silu
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from molink_common.wire import Entry
-from molink_stage_worker.engine import amx_tiles, lean_model
+from molink_stage_worker.engine import amx_layers, amx_tiles, lean_model
 from molink_stage_worker.engine.amx_products import Then, multiply
 from molink_stage_worker.engine.attention import ATTENTION_NAME, PagedStep
 from molink_stage_worker.engine.block_tables import BlockTables
@@ -151,3 +151,19 @@ def test_a_stack_computes_what_its_layers_compute(name: str, monkeypatch: pytest
         found.append(hidden_after_steps(model, steps))
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0.03, atol=0.03)
+
+
+@needs_tiles
+def test_no_step_compiles() -> None:
+    """All is compiled when a model is loaded: what a step asks for has been there."""
+    torch.manual_seed(3)
+    model = MODELS["qwen3"]().bfloat16().eval()
+    model.set_attn_implementation(ATTENTION_NAME)
+    make_lean(model)
+    loops = (amx_layers.layers, amx_layers.before_attention, amx_layers.after_attention, multiply)
+    compiled = [list(loop.signatures) for loop in loops]
+    entries = [Entry(sequence=0, start=0, count=20, opens=True, new_blocks=tuple(range(8)))]
+    hidden = hidden_after_steps(model, [entries, [Entry(sequence=0, start=20, count=1)]])[-1]
+    with torch.inference_mode():
+        model.get_output_embeddings()(hidden)
+    assert [list(loop.signatures) for loop in loops] == compiled

@@ -20,7 +20,7 @@ from llvmlite import ir
 from numba import float32, float64, int64, types, uint8, uint16
 from numba.extending import intrinsic
 
-from molink_stage_worker.engine import amx_tiles
+from molink_stage_worker.engine import amx_products
 from molink_stage_worker.engine.amx_products import Then, multiply
 from molink_stage_worker.engine.compiling import jit
 from molink_stage_worker.engine.kernels import attend, norm, rotate_and_store
@@ -197,7 +197,7 @@ def layers(  # noqa: PLR0917  numba takes no names
 @cache
 def are_possible() -> bool:
     """Whether this processor has what it takes. Compiles, some seconds."""
-    if not amx_tiles.are_here():
+    if not amx_products.are_possible():
         return False
     integers, angles, rows = int64[::1], float32[:, ::1], uint16[:, ::1]
     before: Any = (angles, angles, integers, integers, int64, int64, int64, int64, rows)

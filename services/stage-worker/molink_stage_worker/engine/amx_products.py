@@ -10,12 +10,12 @@ Shapes: T tokens, I inputs, O outputs. bfloat16 as the integers of their bits; a
 from __future__ import annotations
 
 from enum import IntEnum
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
-from numba import float32, uint16
+from numba import float32, int64, uint8, uint16
 
 from molink_stage_worker.engine.amx_tiles import (
     BLOCK,
@@ -30,6 +30,7 @@ from molink_stage_worker.engine.amx_tiles import (
     add_2_of_5_6,
     add_3_of_4_7,
     add_3_of_5_7,
+    are_here,
     clear_0,
     clear_1,
     clear_2,
@@ -66,6 +67,16 @@ class Then(IntEnum):
     TIMES = 2
     """`other`, number by number."""
     PLUS = 3
+
+
+@cache
+def are_possible() -> bool:
+    """Whether this processor has what it takes. Compiles, some seconds: not to be done by the first step."""
+    if not are_here():
+        return False
+    numbers = uint16[::1]
+    multiply.compile((uint8[::1], numbers, numbers, float32[::1], int64, numbers, numbers, int64, int64, int64))
+    return True
 
 
 def product(x_TI: torch.Tensor, weights: Any, bias_O: Any, out_TO: torch.Tensor) -> None:

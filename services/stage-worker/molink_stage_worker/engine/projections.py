@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from molink_stage_worker.engine.amx_products import MOST_ROWS, product
-from molink_stage_worker.engine.amx_tiles import are_here, memory_of
+from molink_stage_worker.engine.amx_products import MOST_ROWS, are_possible, product
+from molink_stage_worker.engine.amx_tiles import memory_of
 
 _NO_BIAS = np.empty(0, np.float32)
 _BATCH_HINT = 16
@@ -78,7 +78,8 @@ class PackedProjection(nn.Module):
         self._bias = None if bias_O is None else bias_O.detach().clone()
         self.bias = _NO_BIAS if bias_O is None else bias_O.detach().float().numpy().copy()
         """In float32; empty if there is none."""
-        self.in_tiles = memory_of(self._packed, weight_OI) if weight_OI.dtype is torch.bfloat16 and are_here() else None
+        is_for_tiles = weight_OI.dtype is torch.bfloat16 and are_possible()
+        self.in_tiles = memory_of(self._packed, weight_OI) if is_for_tiles else None
         """The packed weights for `amx_products`; None where they cannot be used."""
         self._run = torch.ops.mkldnn._linear_pointwise.default
         self._run_binary = torch.ops.mkldnn._linear_pointwise.binary
