@@ -7,7 +7,8 @@
 The system is the real one: NATS, Redis, scheduler, gateway and workers on the hosts of a laboratory (see `netlab`;
 it needs root on Linux), asked over HTTP by streams in closed loops. The engine is the real SmolLM2, where processors
 are the limit, or a timed 70B, where the link is (see `timed_stage`). A cell's runs are windows of one running load,
-one after the other; its warm-up is not counted. The bound is that of `bounds`. The clients run on the same machine.
+one after the other; its warm-up is not counted. On a machine whose speed moves only neighbours compare: with
+``--turns`` every policy of a link is measured several times by turns. The bound is that of `bounds`. The clients run on the same machine.
 Progress goes to stderr. Whatever ends this program, nothing of the system is left behind.
 """
 
@@ -31,7 +32,7 @@ from bench.link_grid.cells import Cell, EngineKind, Workload, grid
 from bench.link_grid.measuring import Timing, TimingOf, measured
 from bench.link_grid.plots import save_plots
 from bench.link_grid.progress import Progress, say
-from bench.link_grid.results import Results
+from bench.link_grid.results import Results, pooled
 from bench.link_grid.tables import best_count_table, grid_tables
 from molink_common.errors import MolinkError
 
@@ -41,13 +42,14 @@ _COUNTS = ("1", "2", "3", "4", "6", "8", "12", "16")
 async def run_grid(arguments: argparse.Namespace) -> bool:
     """Measure what has not been measured yet; then write table and plots of everything. Whether nothing failed."""
     timing = timing_of(arguments, Timing())
-    about = {"timing": asdict(timing), "curve": asdict(CostCurve()), "assumed_link_mbit": arguments.assumed_link_mbit}
+    about = {"timing": asdict(timing), "turns": arguments.turns, "curve": asdict(CostCurve()), "assumed_link_mbit": arguments.assumed_link_mbit}
     results = Results(arguments.out / "links.json", about, resume=arguments.resume)
     cells = [cell for cell in cells_of(arguments) if not results.has(cell)]
     await measure(cells, lambda _: timing, arguments.assumed_link_mbit, arguments.out / "logs", results.add)
-    text = best_count_table(results.cells) if arguments.best_m else grid_tables(results.cells)
+    found = pooled(results.cells)
+    text = best_count_table(found) if arguments.best_m else grid_tables(found)
     (arguments.out / "links.md").write_text(text)
-    files = save_plots(results.cells, arguments.out)
+    files = save_plots(found, arguments.out)
     print(text)
     print("written:", *(str(file) for file in (arguments.out / "links.json", arguments.out / "links.md", *files)))
     return not any("error" in result for result in results.cells)
@@ -81,7 +83,7 @@ async def measure(
     """Measure cell by cell, a system for each set-up; `keep` gets each result at once."""
     progress = Progress(cells, timing)
     progress.start()
-    for setup, of_it in groupby(cells, key=lambda cell: cell.setup):
+    for (setup, _), of_it in groupby(cells, key=lambda cell: (cell.setup, cell.turn)):
         wanted = list(of_it)
         found = measured(
             setup, wanted, timing=timing, curve=CostCurve(), assumed_link_mbit=assumed_link_mbit, logs=logs
@@ -105,6 +107,7 @@ def cells_of(arguments: argparse.Namespace) -> list[Cell]:
             policies=policies,
             concurrency=arguments.concurrency,
             workloads=arguments.workloads,
+            turns=arguments.turns,
         )
     )
 
@@ -140,6 +143,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--policies", type=_list_of(str), default=["adaptive", "plain", "published"])
     parser.add_argument("--best-m", action="store_true", help="in place of the policies: adaptive, and fixed counts")
     parser.add_argument("--counts", type=_list_of(str), default=list(_COUNTS), help="of micro-batches, with --best-m")
+    parser.add_argument("--turns", type=int, default=1, help="measure each link's policies by turns, so many times")
     parser.add_argument("--assumed-link-mbit", type=float, default=100.0, help="what policy published plans with")
     parser.add_argument("--runs", type=int, help="windows a cell (3)")
     parser.add_argument("--seconds", type=float, help="of a window (15)")

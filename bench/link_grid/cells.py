@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from itertools import product
 from typing import Any
 
 from bench.cost_curve import CostCurve
@@ -100,6 +101,8 @@ class Cell:
     setup: Setup
     concurrency: int
     workload: Workload
+    turn: int = 1
+    """Which time it is measured."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.concurrency <= 128:
@@ -108,10 +111,15 @@ class Cell:
     @property
     def key(self) -> dict[str, Any]:
         """What a result is found by again."""
-        return {**asdict(self.setup), "concurrency": self.concurrency, "workload": self.workload}
+        return {
+            **asdict(self.setup),
+            "concurrency": self.concurrency,
+            "workload": self.workload,
+            "turn": self.turn,
+        }
 
     def __str__(self) -> str:
-        return f"{self.setup} {self.concurrency} concurrent {self.workload}"
+        return f"{self.setup} {self.concurrency} concurrent {self.workload}, turn {self.turn}"
 
 
 def link_of(name: str) -> LinkSpec | None:
@@ -137,21 +145,20 @@ def grid(
     policies: Sequence[str],
     concurrency: Sequence[int],
     workloads: Sequence[Workload],
+    turns: int = 1,
 ) -> Iterator[Cell]:
-    """Every cell; those of one setup one after the other, policies of a link next to each other.
+    """Every cell, `turns` times; those of one setup one after the other, policies of a link by turns.
 
     Raises:
-        ValueError: a name is not known.
+        ValueError: a name is not known, or no turns.
     """
-    for engine in engines:
-        for count in stages:
-            for link in links:
-                for policy in policies:
-                    setup = Setup(engine=engine, stages=count, link=link, policy=policy)
-                    for workload in workloads:
-                        for streams in concurrency:
-                            if not _is_pointless(policy, streams):
-                                yield Cell(setup=setup, concurrency=streams, workload=workload)
+    if turns < 1:
+        raise ValueError(f"{turns} turns; at least one")
+    for engine, count, link, turn, policy in product(engines, stages, links, range(1, turns + 1), policies):
+        setup = Setup(engine=engine, stages=count, link=link, policy=policy)
+        for workload, streams in product(workloads, concurrency):
+            if not _is_pointless(policy, streams):
+                yield Cell(setup=setup, concurrency=streams, workload=workload, turn=turn)
 
 
 def _is_pointless(policy: str, streams: int) -> bool:

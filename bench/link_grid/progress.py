@@ -49,7 +49,7 @@ class Progress:
 def expected_s(cells: Sequence[Cell], timing: TimingOf) -> float:
     """How long the cells take, if nothing fails: a start for each set-up, then warming up and measuring."""
     measuring_s = sum(one.warm_s + _BETWEEN_S + one.runs * one.seconds for one in (timing(cell) for cell in cells))
-    return len({cell.setup for cell in cells}) * _START_S + measuring_s
+    return len({(cell.setup, cell.turn) for cell in cells}) * _START_S + measuring_s
 
 
 def say(words: str) -> None:

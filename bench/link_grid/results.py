@@ -11,6 +11,9 @@ import orjson
 
 from bench.link_grid.cells import Cell
 
+_NAMES = ("engine", "stages", "link", "policy", "concurrency", "workload")
+"""Of a cell, whichever turn it is."""
+
 
 class Results:
     """What has been measured. Every cell is written at once; a crash loses the one under way only."""
@@ -52,6 +55,25 @@ class Results:
         scratch = self._file.with_suffix(".part")
         scratch.write_bytes(body)
         scratch.replace(self._file)
+
+
+def pooled(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A result for each cell, of all turns that did not fail: their runs together, the rest from the middle turn.
+
+    The middle one by its rate, which its share of the bound belongs to.
+    """
+    by_cell: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for one in results:
+        by_cell.setdefault(tuple(one[name] for name in _NAMES), []).append(one)
+    return [_pooled_turns([one for one in turns if "error" not in one] or turns[:1]) for turns in by_cell.values()]
+
+
+def _pooled_turns(turns: list[dict[str, Any]]) -> dict[str, Any]:
+    if len(turns) == 1:
+        return turns[0]
+    ordered = sorted(turns, key=lambda one: float(one["whole"]["tokens_per_s"]))
+    middle = ordered[(len(ordered) - 1) // 2]
+    return {**middle, "runs": [run for one in turns for run in one["runs"]]}
 
 
 def find(results: Iterable[dict[str, Any]], key: Mapping[str, Any]) -> dict[str, Any] | None:

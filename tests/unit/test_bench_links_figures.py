@@ -16,7 +16,7 @@ from bench.link_grid.bounding import load_of, pipeline_bound
 from bench.link_grid.cells import Cell, EngineKind, Setup, Workload, grid, link_of
 from bench.link_grid.figures import WindowFigures, spread, spread_of, window_figures
 from bench.link_grid.plots import save_plots
-from bench.link_grid.results import Results
+from bench.link_grid.results import Results, pooled
 from bench.link_grid.steady_load import LoadShape, SteadyLoad, Target, steady_load
 from bench.link_grid.tables import best_count_table, grid_tables
 from bench.links import cells_of, parse
@@ -218,6 +218,28 @@ def test_tables_and_plots_show_every_cell_also_those_that_failed(tmp_path: Path)
     assert best_count_table(results).count("\n| ") == 1 + 2
     (plot,) = save_plots(results, tmp_path)
     assert plot.stat().st_size > 1000
+
+
+def test_turns_take_the_policies_one_after_the_other_and_are_shown_as_one() -> None:
+    cells = list(
+        grid(
+            engines=[EngineKind.REAL], stages=[2], links=["lan"], workloads=[Workload.DECODE],
+            policies=["adaptive", "published"], concurrency=[8, 32], turns=3,
+        )
+    )  # fmt: skip
+    assert [(cell.turn, cell.setup.policy) for cell in cells[::2]] == [
+        (turn, policy) for turn in (1, 2, 3) for policy in ("adaptive", "published")
+    ]
+    results = [result_of(cell, 10.0 * cell.turn * cell.concurrency) for cell in cells]
+    results[0] = cells[0].key | {"error": "it broke"}
+    shown = pooled(results)
+    assert [(one["policy"], one["concurrency"]) for one in shown] == [
+        ("adaptive", 8), ("adaptive", 32), ("published", 8), ("published", 32),
+    ]  # fmt: skip
+    assert spread_of(shown[0], "tokens_per_s") == spread([160.0, 240.0])
+    assert spread_of(shown[1], "tokens_per_s") == spread([320.0, 640.0, 960.0])
+    assert shown[1]["whole"]["tokens_per_s"] == 640.0
+    assert pooled([results[0]]) == [results[0]]
 
 
 def test_an_interrupted_grid_goes_on_with_what_failed_or_is_left(tmp_path: Path) -> None:
