@@ -8,8 +8,8 @@ The system is the real one: NATS, Redis, scheduler, gateway and workers on the h
 it needs root on Linux), asked over HTTP by streams in closed loops. The engine is the real SmolLM2, where processors
 are the limit, or a timed 70B, where the link is (see `timed_stage`). A cell's runs are windows of one running load,
 one after the other; its warm-up is not counted. On a machine whose speed moves only neighbours compare: with
-``--turns`` every policy of a link is measured several times by turns. The bound is that of `bounds`. The clients run on the same machine.
-Progress goes to stderr. Whatever ends this program, nothing of the system is left behind.
+``--turns`` every policy of a link is measured several times by turns. The bound is that of `bounds`. The clients run
+on the same machine. Progress goes to stderr. Whatever ends this program, nothing of the system is left behind.
 """
 
 from __future__ import annotations
@@ -42,7 +42,12 @@ _COUNTS = ("1", "2", "3", "4", "6", "8", "12", "16")
 async def run_grid(arguments: argparse.Namespace) -> bool:
     """Measure what has not been measured yet; then write table and plots of everything. Whether nothing failed."""
     timing = timing_of(arguments, Timing())
-    about = {"timing": asdict(timing), "turns": arguments.turns, "curve": asdict(CostCurve()), "assumed_link_mbit": arguments.assumed_link_mbit}
+    about = {
+        "timing": asdict(timing),
+        "turns": arguments.turns,
+        "curve": asdict(CostCurve()),
+        "assumed_link_mbit": arguments.assumed_link_mbit,
+    }
     results = Results(arguments.out / "links.json", about, resume=arguments.resume)
     cells = [cell for cell in cells_of(arguments) if not results.has(cell)]
     await measure(cells, lambda _: timing, arguments.assumed_link_mbit, arguments.out / "logs", results.add)

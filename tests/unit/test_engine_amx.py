@@ -11,10 +11,10 @@ from torch.nn.functional import linear, silu
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from molink_common.wire import Entry
-from molink_stage_worker.engine import amx_layers, amx_tiles, lean_model
+from molink_stage_worker.engine import amx_attention, amx_layers, amx_tiles, kernels, lean_model
 from molink_stage_worker.engine.amx_products import Then, multiply
 from molink_stage_worker.engine.attention import ATTENTION_NAME, PagedStep
-from molink_stage_worker.engine.block_tables import BlockTables
+from molink_stage_worker.engine.block_tables import BlockTables, Placement, Span
 from molink_stage_worker.engine.kv_store import KvStore
 from molink_stage_worker.engine.layer_stack import LayerStack
 from molink_stage_worker.engine.lean_model import make_lean
@@ -96,9 +96,100 @@ def test_weights_that_lie_otherwise_are_left_to_onednn() -> None:
     assert amx_tiles.memory_of(tensor, weight.flip(0)) is None
 
 
+class Step:
+    """Some spans of random queries over random keys and values, in blocks that lie anywhere."""
+
+    def __init__(self, spans: list[tuple[int, int]], *, key_heads: int, group: int, size: int, block_size: int) -> None:
+        """`spans` are pairs of start and count."""
+        tokens = sum(count for _, count in spans)
+        lengths = [-(-(start + count) // block_size) for start, count in spans]
+        places = torch.randperm(sum(lengths) + 3)
+        placed: list[Span] = []
+        for (start, count), length in zip(spans, lengths, strict=True):
+            blocks, places = places[:length].numpy(), places[length:]
+            placed.append(Span(sum(span.count for span in placed), start, count, blocks))
+        self.spans, self.group, self.block_size = placed, group, block_size
+        slots = (sum(lengths) + 3) * block_size
+        self.keys_KSD, self.values_KSD = (torch.randn(key_heads, slots, size).bfloat16() for _ in "kv")
+        self.rows_TW = torch.randn(tokens, (group + 2) * key_heads * size).bfloat16()
+
+    def found(self, window: int, spans: list[Span] | None = None) -> torch.Tensor:
+        """By the loops on tiles, of all spans or of these."""
+        plan = StepPlan(
+            Placement(tuple(self.spans if spans is None else spans), ()), block_size=self.block_size,
+            device=torch.device("cpu"), dtype=torch.bfloat16,
+        )  # fmt: skip
+        reads = plan.span_reads()
+        key_heads, _, size = self.keys_KSD.shape
+        out_TQ = torch.full((len(self.rows_TW), self.group * key_heads * size), torch.nan).bfloat16()
+        assert amx_attention.are_possible()
+        amx_attention.attend(
+            amx_attention.configurations(), kernels.array_of(self.rows_TW),
+            reads.firsts_B, reads.counts_B, reads.starts_B, reads.tables_B, reads.slots_N, window, 0.2,
+            kernels.array_of(self.keys_KSD), kernels.array_of(self.values_KSD), kernels.array_of(out_TQ),
+        )  # fmt: skip
+        return out_TQ
+
+    def exact(self, window: int) -> torch.Tensor:
+        """One query after the other, in double precision."""
+        key_heads, _, size = self.keys_KSD.shape
+        heads_TND = self.rows_TW.double().view(len(self.rows_TW), -1, size)
+        out_TND = torch.empty(len(self.rows_TW), key_heads * self.group, size).double()
+        for span in self.spans:
+            for i in range(span.count):
+                positions = np.arange(max(span.start + i + 1 - window, 0), span.start + i + 1)
+                slots = span.blocks[positions // self.block_size] * self.block_size + positions % self.block_size
+                for head in range(key_heads * self.group):
+                    scores = self.keys_KSD[head // self.group, slots].double() @ heads_TND[span.row + i, head] * 0.2
+                    values = self.values_KSD[head // self.group, slots].double()
+                    out_TND[span.row + i, head] = torch.softmax(scores, 0) @ values
+        return out_TND.view(len(self.rows_TW), -1)
+
+
+@needs_tiles
+@pytest.mark.parametrize("window", [kernels.SEES_ALL, 1, 15, 37, 64])
+@pytest.mark.parametrize(
+    ("key_heads", "group", "size", "block_size"), [(3, 3, 64, 16), (1, 8, 32, 32), (2, 1, 96, 16), (1, 16, 128, 48)]
+)
+def test_attention_on_tiles_is_attention(window: int, key_heads: int, group: int, size: int, block_size: int) -> None:
+    torch.manual_seed(size + block_size)
+    spans = [(0, 1), (50, 1), (0, 5), (70, 20), (31, 1), (16, 33), (127, 2), (0, 16), (300, 1)]
+    step = Step(spans, key_heads=key_heads, group=group, size=size, block_size=block_size)
+    torch.testing.assert_close(step.found(window).double(), step.exact(window), rtol=0.02, atol=0.015)
+
+
+@needs_tiles
+@pytest.mark.parametrize("window", [kernels.SEES_ALL, 20])
+def test_attention_does_not_depend_on_the_step_nor_on_how_a_prompt_is_cut(window: int) -> None:
+    torch.manual_seed(7)
+    step = Step([(40, 53), (10, 1), (0, 21)], key_heads=2, group=3, size=64, block_size=16)
+    together = step.found(window)
+    assert not together.isnan().any()
+    for span in step.spans:
+        rows = slice(span.row, span.row + span.count)
+        for cut in (1, 7, 16, span.count):
+            parts = [
+                Span(span.row + begin, span.start + begin, min(cut, span.count - begin), span.blocks)
+                for begin in range(0, span.count, cut)
+            ]
+            assert torch.equal(step.found(window, parts)[rows], together[rows]), cut
+
+
+@needs_tiles
+def test_attention_does_not_see_what_is_behind_a_token() -> None:
+    """Whatever keys others left there; their values are finite, as blocks are cleared when they are given out."""
+    torch.manual_seed(8)
+    step = Step([(18, 3)], key_heads=1, group=2, size=32, block_size=16)
+    (span,) = step.spans
+    before = step.found(kernels.SEES_ALL)
+    behind = int(span.blocks[1]) * 16 + 21 - 16
+    step.keys_KSD[:, behind : behind + 11] = torch.inf
+    torch.testing.assert_close(step.found(kernels.SEES_ALL), before, rtol=0, atol=0)
+
+
 SIZES: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 96, "head_dim": 16,
+    "num_key_value_heads": 2, "vocab_size": 96, "head_dim": 32,
 }  # fmt: skip
 MODELS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
@@ -110,12 +201,14 @@ MODELS = {
 }
 
 
-def hidden_after_steps(model: Any, steps: list[list[Entry]]) -> list[torch.Tensor]:
+def hidden_after_steps(model: Any, steps: list[list[Entry]], block_size: int) -> list[torch.Tensor]:
     """What the layers give for each of the steps, with a store of their own."""
-    tables, store = BlockTables(num_blocks=64, block_size=4, context_length=None), KvStore(64, 4)
+    tables = BlockTables(num_blocks=64, block_size=block_size, context_length=None)
+    store = KvStore(64, block_size)
     found = []
     for entries in steps:
-        plan = StepPlan(tables.apply(entries, ()), block_size=4, device=torch.device("cpu"), dtype=torch.bfloat16)
+        placement = tables.apply(entries, ())
+        plan = StepPlan(placement, block_size=block_size, device=torch.device("cpu"), dtype=torch.bfloat16)
         ids = torch.tensor([[(7 * entry.start + 13 * i + entry.sequence) % 96 for entry in entries
                              for i in range(entry.count)]])  # fmt: skip
         with torch.inference_mode():
@@ -128,7 +221,8 @@ def hidden_after_steps(model: Any, steps: list[list[Entry]]) -> list[torch.Tenso
 
 @needs_tiles
 @pytest.mark.parametrize("name", MODELS)
-def test_a_stack_computes_what_its_layers_compute(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("block_size", [16, 4])  # blocks of 4 do not come out even in tiles
+def test_a_stack_computes_what_its_layers_compute(name: str, block_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
     blocks = {0: (0, 1, 2, 3), 1: (4, 5, 6, 7), 2: (20, 9, 30, 11)}
     steps = [
@@ -146,9 +240,10 @@ def test_a_stack_computes_what_its_layers_compute(name: str, monkeypatch: pytest
         with monkeypatch.context() as patch:
             if not stacked:
                 patch.setattr(lean_model, "can_stack", lambda _layers: False)
+                patch.setattr(amx_attention, "are_possible", lambda: False)
             make_lean(model)
         assert isinstance(model.base_model.layers[0], LayerStack) is stacked
-        found.append(hidden_after_steps(model, steps))
+        found.append(hidden_after_steps(model, steps, block_size))
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0.03, atol=0.03)
 
@@ -160,10 +255,10 @@ def test_no_step_compiles() -> None:
     model = MODELS["qwen3"]().bfloat16().eval()
     model.set_attn_implementation(ATTENTION_NAME)
     make_lean(model)
-    loops = (amx_layers.layers, amx_layers.before_attention, amx_layers.after_attention, multiply)
+    loops = (amx_layers.layers, amx_attention.attend, multiply)
     compiled = [list(loop.signatures) for loop in loops]
     entries = [Entry(sequence=0, start=0, count=20, opens=True, new_blocks=tuple(range(8)))]
-    hidden = hidden_after_steps(model, [entries, [Entry(sequence=0, start=20, count=1)]])[-1]
+    hidden = hidden_after_steps(model, [entries, [Entry(sequence=0, start=20, count=1)]], 16)[-1]
     with torch.inference_mode():
         model.get_output_embeddings()(hidden)
     assert [list(loop.signatures) for loop in loops] == compiled

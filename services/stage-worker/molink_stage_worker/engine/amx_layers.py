@@ -1,8 +1,7 @@
-"""All layers of a stage as one compiled call on AMX tiles; or what surrounds attention, as two calls a layer.
+"""All layers of a stage as one compiled call on AMX tiles.
 
 A product streams its weights through the processor's cache and drives everything else out of it. Back in Python, the
-interpreter has to be fetched again line by line: some 40 µs after each call, eleven times a layer. So there are as few
-calls as can be: one for all layers, or two a layer where a prompt's chunk is attended by torch.
+interpreter has to be fetched again line by line: some 40 µs after each call, eleven times a layer.
 
 Arrays come as addresses, since numba takes no lists of them without looking at each. Shapes: as in `kernels`; I inner
 size, L layers, C columns of `Column`.
@@ -20,10 +19,12 @@ from llvmlite import ir
 from numba import float32, float64, int64, types, uint8, uint16
 from numba.extending import intrinsic
 
-from molink_stage_worker.engine import amx_products
+from molink_stage_worker.engine import amx_attention, amx_products
+from molink_stage_worker.engine.amx_attention import attend
 from molink_stage_worker.engine.amx_products import Then, multiply
+from molink_stage_worker.engine.amx_tiles import ROWS
 from molink_stage_worker.engine.compiling import jit
-from molink_stage_worker.engine.kernels import attend, norm, rotate_and_store
+from molink_stage_worker.engine.kernels import norm, rotate_and_store
 
 
 class Column(IntEnum):
@@ -92,8 +93,8 @@ def _store(own: Any, key_heads: Any, num_slots: Any, head_size: Any) -> Any:
     return _numbers(own[_KEYS], count).reshape(shape), _numbers(own[_VALUES], count).reshape(shape)
 
 
-@partial(jit, nogil=True)
-def before_attention(  # noqa: PLR0917  numba takes no names
+@jit
+def _before_attention(  # noqa: PLR0917  numba takes no names
     tiles: Any,
     own: Any,
     hidden_TH: Any,
@@ -137,8 +138,8 @@ def before_attention(  # noqa: PLR0917  numba takes no names
     )
 
 
-@partial(jit, nogil=True)
-def after_attention(tiles: Any, own: Any, hidden_TH: Any, epsilon: Any, found_TQ: Any, inner: Any) -> None:
+@jit
+def _after_attention(tiles: Any, own: Any, hidden_TH: Any, epsilon: Any, found_TQ: Any, inner: Any) -> None:
     """The rest of the layer of row `own`: takes `hidden_TH`, what went into it, to what comes out of it."""
     tokens, size = hidden_TH.shape
     queries = found_TQ.shape[1]
@@ -172,36 +173,37 @@ def layers(  # noqa: PLR0917  numba takes no names
     head_size: Any,
     num_slots: Any,
     rows_TW: Any,
-    attended_R: Any,
-    tables_R: Any,
-    ends_R: Any,
-    blocks_N: Any,
+    firsts_B: Any,
+    counts_B: Any,
+    starts_B: Any,
+    tables_B: Any,
+    slots_N: Any,
     scale: Any,
     inner: Any,
 ) -> None:
-    """Take `hidden_TH` through all layers, in place, for tokens that are all attended one by one."""
-    found_TQ = np.empty((hidden_TH.shape[0], rows_TW.shape[1] - 2 * key_heads * head_size), np.uint16)
+    """Take `hidden_TH` through all layers, in place. `tiles` are `amx_attention.configurations`."""
+    tokens = hidden_TH.shape[0]
+    found_TQ = np.empty((tokens, rows_TW.shape[1] - 2 * key_heads * head_size), np.uint16)
+    of_products = tiles[min(tokens, ROWS)]
     for own in table_LC:
-        before_attention(
-            tiles, own, hidden_TH, epsilon, cos_TF, sin_TF, slots_T, cleared, block_size,
+        _before_attention(
+            of_products, own, hidden_TH, epsilon, cos_TF, sin_TF, slots_T, cleared, block_size,
             key_heads, head_size, num_slots, rows_TW,
         )  # fmt: skip
         keys_KSD, values_KSD = _store(own, key_heads, num_slots, head_size)
         attend(
-            rows_TW, attended_R, tables_R, ends_R, blocks_N, block_size, own[_WINDOW], scale,
+            tiles, rows_TW, firsts_B, counts_B, starts_B, tables_B, slots_N, own[_WINDOW], scale,
             keys_KSD, values_KSD, found_TQ,
         )  # fmt: skip
-        after_attention(tiles, own, hidden_TH, epsilon, found_TQ, inner)
+        _after_attention(of_products, own, hidden_TH, epsilon, found_TQ, inner)
 
 
 @cache
 def are_possible() -> bool:
     """Whether this processor has what it takes. Compiles, some seconds."""
-    if not amx_products.are_possible():
+    if not (amx_products.are_possible() and amx_attention.are_possible()):
         return False
     integers, angles, rows = int64[::1], float32[:, ::1], uint16[:, ::1]
     before: Any = (angles, angles, integers, integers, int64, int64, int64, int64, rows)
-    before_attention.compile((uint8[::1], integers, rows, float64, *before))
-    after_attention.compile((uint8[::1], integers, rows, float64, rows, int64))
-    layers.compile((uint8[::1], int64[:, ::1], rows, float64, *before, *(integers,) * 4, float64, int64))
+    layers.compile((uint8[:, ::1], int64[:, ::1], rows, float64, *before, *(integers,) * 5, float64, int64))
     return True

@@ -21,6 +21,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from molink_stage_worker.engine.compiling import prefetch_at
+from molink_stage_worker.engine.vectors import address_in
 
 ROWS = 16
 """Tokens of a tile of activations, outputs of a tile of weights."""
@@ -76,12 +77,6 @@ def configuration(num_rows: int) -> Any:
     return words
 
 
-def _address(context: Any, builder: Any, kind: Any, array: Any, place: Any) -> Any:
-    """Of an element of a flat array, by its place."""
-    view = context.make_array(kind)(context, builder, array)
-    return builder.bitcast(builder.gep(view.data, [place]), ir.IntType(8).as_pointer())
-
-
 def _call(builder: Any, name: str, arguments: Any) -> None:
     function_type = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
     builder.call(cgutils.get_or_insert_function(builder.module, function_type, f"llvm.x86.{name}"), arguments)
@@ -95,7 +90,7 @@ def _moving(name: str, number: int) -> Any:
     @intrinsic
     def move(_context: Any, array: Any, place: Any, row_bytes: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            address = _address(context, builder, signature.args[0], arguments[0], arguments[1])
+            address = address_in(context, builder, signature.args[0], arguments[0], arguments[1])
             _call(builder, name, [_tile(number), address, arguments[2]])
             return context.get_dummy_value()
 
@@ -121,7 +116,7 @@ def configure(_context: Any, words: Any) -> Any:
     """Take `configuration` into use; clears all tiles."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        address = _address(context, builder, signature.args[0], arguments[0], ir.IntType(64)(0))
+        address = address_in(context, builder, signature.args[0], arguments[0], ir.IntType(64)(0))
         _call(builder, "ldtilecfg", [address])
         return context.get_dummy_value()
 
@@ -142,7 +137,7 @@ def fetch_row(_context: Any, array: Any, place: Any) -> Any:
     """Have the processor fetch the cache line of an element. It may lie outside the array."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        address = _address(context, builder, signature.args[0], arguments[0], arguments[1])
+        address = address_in(context, builder, signature.args[0], arguments[0], arguments[1])
         prefetch_at(builder, address)
         return context.get_dummy_value()
 
@@ -150,22 +145,8 @@ def fetch_row(_context: Any, array: Any, place: Any) -> Any:
 
 
 @intrinsic
-def get(_context: Any, array: Any, place: Any) -> Any:
-    """An element of a flat array, by a place that is not below 0.
-
-    numba's own index asks whether it is, and then the loop around it takes one element at a time.
-    """
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        view = context.make_array(signature.args[0])(context, builder, arguments[0])
-        return builder.load(builder.gep(view.data, [arguments[1]]))
-
-    return array.dtype(array, int64), generate
-
-
-@intrinsic
 def put(_context: Any, array: Any, place: Any, value: Any) -> Any:
-    """Write an element of a flat array."""
+    """Write an element of a flat array, at a place that is not below 0; numba's own index would ask whether it is."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         view = context.make_array(signature.args[0])(context, builder, arguments[0])

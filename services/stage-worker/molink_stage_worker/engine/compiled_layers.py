@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from molink_stage_worker.engine import kernels
+from molink_stage_worker.engine import amx_attention, kernels
 from molink_stage_worker.engine.attention import Kind, PagedStep, attend, attend_chunks
 from molink_stage_worker.engine.kv_store import LayerStore
 from molink_stage_worker.engine.lean_layers import LeanLayer, Rotation
+from molink_stage_worker.engine.step_plan import StepPlan
 
 _KEYS_FOR_ONE_THREAD = 4_096
 """Compiled attention runs on one thread. Where torch has several, it is left to them from so many keys a layer on.
@@ -54,6 +55,13 @@ class CompiledLayer(LeanLayer):
         self.norm_weights = tuple(self._weights.get(norm, _NOTHING) for norm in norms)
         """Before attention, after it, of queries, of keys; empty where there is none."""
         self.epsilon = norms[0].variance_epsilon
+        self._fits_tiles = norms[0].weight.dtype is torch.bfloat16 and amx_attention.are_possible()
+
+    def attends_in_tiles(self, block_size: int) -> bool:
+        """Whether attention over blocks of that size may be computed on AMX tiles, by the one thread that there is."""
+        group = self.num_queries // self.num_keys
+        comes_out_even = amx_attention.can_attend(head_size=self.head_size, group=group, block_size=block_size)
+        return self._fits_tiles and comes_out_even and torch.get_num_threads() == 1
 
     def angles_of(self, angles: tuple[torch.Tensor, torch.Tensor]) -> tuple[Any, Any]:
         """Cosines and sines of a step's positions as arrays ``[T, F]``."""
@@ -68,48 +76,59 @@ class CompiledLayer(LeanLayer):
         self, rows_TW: torch.Tensor, paged: PagedStep, angles: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
         plan = paged.plan
-        store = self._store(rows_TW, paged, blocks_to_clear=plan.blocks_to_clear)
+        store = self._store(rows_TW, paged)
         cos_TF, sin_TF = self.angles_of(angles) if self.turns else (_NO_ANGLES, _NO_ANGLES)
         weights = (*self.norm_weights[2:], self.epsilon)
         kernels.rotate_and_store(kernels.array_of(rows_TW), cos_TF, sin_TF, *weights, plan.slots, *store.arrays)
-        return self.found(rows_TW, paged)
-
-    def found(self, rows_TW: torch.Tensor, paged: PagedStep) -> torch.Tensor:
-        """What the queries find, ``[T, N * D]``, once all of `rows_TW` is turned, and keys and values are stored."""
-        plan, heads = paged.plan, self.num_queries + self.num_keys
-        heads_NTD = self._heads(rows_TW)
-        keys_KTD, values_KTD = heads_NTD[self.num_queries : heads], heads_NTD[heads:]
-        store = self._store(rows_TW, paged, blocks_to_clear=None)
-        reads = plan.token_reads()
-        kind = Kind(self.scaling)
-        if reads.num_keys > _KEYS_FOR_ONE_THREAD and torch.get_num_threads() > 1:
-            found_TND = attend(
-                heads_NTD[: self.num_queries], keys_KTD, values_KTD, store, plan.reads(self.sliding_window), kind
-            )
-            return found_TND.reshape(rows_TW.shape[0], -1)
         found_TI = rows_TW.new_empty(rows_TW.shape[0], self.num_queries * self.head_size)
+        if self.attends_in_tiles(plan.block_size):
+            self._attend_in_tiles(rows_TW, plan, store, found_TI)
+        elif torch.get_num_threads() > 1 and plan.token_reads().num_keys > _KEYS_FOR_ONE_THREAD:
+            reads = plan.reads(self.sliding_window)
+            return attend(*self._parts(rows_TW), store, reads, Kind(self.scaling)).reshape(found_TI.shape)
+        else:
+            self._attend_in_loops(rows_TW, plan, store, found_TI)
+        return found_TI
+
+    def _attend_in_tiles(
+        self, rows_TW: torch.Tensor, plan: StepPlan, store: LayerStore, found_TI: torch.Tensor
+    ) -> None:
+        spans = plan.span_reads()
+        amx_attention.attend(
+            amx_attention.configurations(), kernels.array_of(rows_TW),
+            spans.firsts_B, spans.counts_B, spans.starts_B, spans.tables_B, spans.slots_N,
+            self.sliding_window or kernels.SEES_ALL, self.scaling, *store.arrays, kernels.array_of(found_TI),
+        )  # fmt: skip
+
+    def _attend_in_loops(
+        self, rows_TW: torch.Tensor, plan: StepPlan, store: LayerStore, found_TI: torch.Tensor
+    ) -> None:
+        """Short spans token by token; torch does the others."""
+        reads = plan.token_reads()
         if len(reads.rows_R):
-            window = self.sliding_window or kernels.SEES_ALL
-            where = (reads.rows_R, reads.tables_R, reads.ends_R, reads.blocks_N, plan.block_size, window)
-            rows, found = kernels.array_of(rows_TW), kernels.array_of(found_TI)
-            kernels.attend(rows, *where, self.scaling, *store.arrays, found)
+            kernels.attend(
+                kernels.array_of(rows_TW), reads.rows_R, reads.tables_R, reads.ends_R, reads.blocks_N, plan.block_size,
+                self.sliding_window or kernels.SEES_ALL, self.scaling, *store.arrays, kernels.array_of(found_TI),
+            )  # fmt: skip
         if reads.has_chunks:
             found_TND = found_TI.view(-1, self.num_queries, self.head_size)
             chunks = plan.long_chunks(self.sliding_window)
-            attend_chunks(heads_NTD[: self.num_queries], keys_KTD, values_KTD, store, chunks, kind, found_TND)
-        return found_TI
+            attend_chunks(*self._parts(rows_TW), store, chunks, Kind(self.scaling), found_TND)
+
+    def _parts(self, rows_TW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys, values, ``[N, T, D]`` each."""
+        sizes = [self.num_queries, self.num_keys, self.num_keys]
+        queries_NTD, keys_KTD, values_KTD = self._heads(rows_TW).split(sizes)
+        return queries_NTD, keys_KTD, values_KTD
 
     def _heads(self, rows_TW: torch.Tensor) -> torch.Tensor:
         """``[N, T, D]``: queries, keys, values."""
         return rows_TW.view(rows_TW.shape[0], -1, self.head_size).transpose(0, 1)
 
-    def _store(self, rows_TW: torch.Tensor, paged: PagedStep, *, blocks_to_clear: torch.Tensor | None) -> LayerStore:
-        """The layer's keys and values, with `arrays`."""
-        queries, keys = self.num_queries, self.num_queries + self.num_keys
-        heads_NTD = self._heads(rows_TW)
-        store = paged.store.cleared(
-            self.layer_idx, heads_NTD[queries:keys], heads_NTD[keys:], blocks_to_clear=blocks_to_clear
-        )
+    def _store(self, rows_TW: torch.Tensor, paged: PagedStep) -> LayerStore:
+        """The layer's keys and values, with `arrays`; cleared where the step wants it."""
+        _, keys_KTD, values_KTD = self._parts(rows_TW)
+        store = paged.store.cleared(self.layer_idx, keys_KTD, values_KTD, blocks_to_clear=paged.plan.blocks_to_clear)
         if store.arrays is None:
             store.arrays = (kernels.array_of(store.keys_KSD), kernels.array_of(store.values_KSE))
         return store

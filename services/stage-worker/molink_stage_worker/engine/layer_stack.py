@@ -1,4 +1,4 @@
-"""All layers of a stage as one module: small steps take one compiled call or two a layer, others go layer by layer."""
+"""All layers of a stage as one module: small steps take one compiled call, others go layer by layer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from molink_stage_worker.engine import amx_layers, amx_tiles, kernels
+from molink_stage_worker.engine import amx_attention, amx_layers, kernels
 from molink_stage_worker.engine.amx_layers import Column
 from molink_stage_worker.engine.amx_products import MOST_ROWS
 from molink_stage_worker.engine.attention import PagedStep
@@ -43,7 +43,7 @@ class LayerStack(nn.Module):
     ) -> torch.Tensor:
         """``[1, T, H]`` to ``[1, T, H]``, as all layers one after the other."""
         plan = paged.plan
-        if plan.num_tokens > MOST_ROWS or torch.get_num_threads() > 1:
+        if plan.num_tokens > MOST_ROWS or not self._compiled[0].attends_in_tiles(plan.block_size):
             for layer in self._compiled:
                 hidden_states = layer(hidden_states, paged=paged, position_embeddings=position_embeddings, **others)
             return hidden_states
@@ -55,22 +55,16 @@ class LayerStack(nn.Module):
 
     def _run(self, hidden_TH: torch.Tensor, paged: PagedStep, angles: tuple[Any, Any]) -> None:
         """Take the hidden states through all layers, in place."""
-        first, plan, store, reads = self._compiled[0], paged.plan, paged.store, paged.plan.token_reads()
-        tiles = amx_tiles.configuration(min(plan.num_tokens, amx_tiles.ROWS))
+        first, plan, store, spans = self._compiled[0], paged.plan, paged.store, paged.plan.span_reads()
         rows_TW = hidden_TH.new_empty(plan.num_tokens, (first.num_queries + 2 * first.num_keys) * first.head_size)
         cleared = _NO_BLOCKS if plan.blocks_to_clear is None else plan.blocks_to_clear.numpy()
-        hidden, rows = kernels.array_of(hidden_TH), kernels.array_of(rows_TW)
-        num_slots, inner = store.num_blocks * store.block_size, first.gate.num_outputs
-        state = (hidden, first.epsilon)
-        before = (*angles, plan.slots, cleared, plan.block_size, first.num_keys, first.head_size, num_slots, rows)
-        if not reads.has_chunks:
-            where = (reads.rows_R, reads.tables_R, reads.ends_R, reads.blocks_N)
-            amx_layers.layers(tiles, self._table_LC, *state, *before, *where, first.scaling, inner)
-            return
-        for layer, own in zip(self._compiled, self._table_LC, strict=True):
-            amx_layers.before_attention(tiles, own, *state, *before)
-            found = kernels.array_of(layer.found(rows_TW, paged))
-            amx_layers.after_attention(tiles, own, *state, found, inner)
+        amx_layers.layers(
+            amx_attention.configurations(), self._table_LC, kernels.array_of(hidden_TH), first.epsilon, *angles,
+            plan.slots, cleared, plan.block_size, first.num_keys, first.head_size,
+            store.num_blocks * store.block_size, kernels.array_of(rows_TW),
+            spans.firsts_B, spans.counts_B, spans.starts_B, spans.tables_B, spans.slots_N,
+            first.scaling, first.gate.num_outputs,
+        )  # fmt: skip
 
     def _find(self, store: KvStore, like: torch.Tensor) -> None:
         """Note where a store keeps the keys and values of each layer."""

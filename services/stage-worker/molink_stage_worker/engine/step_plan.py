@@ -18,6 +18,8 @@ import torch
 
 from molink_stage_worker.engine.block_tables import Placement, Span
 
+KEYS_OF_A_STRETCH = 16
+"""Attention on tiles takes so many keys of a sequence at a time."""
 _SHORT_CHUNK_TOKENS = 32
 _TOKEN_BY_TOKEN = 8
 """Spans up to this length are attended token by token where attention is compiled."""
@@ -87,6 +89,18 @@ class TokenReads:
     """Whether some spans are long enough to be better off as chunks, by matrix products."""
 
 
+@dataclass(frozen=True, slots=True)
+class SpanReads:
+    """What attention on tiles reads (see `amx_attention.attend`): B spans, each the tokens of one sequence."""
+
+    firsts_B: Any
+    counts_B: Any
+    starts_B: Any
+    tables_B: Any
+    slots_N: Any
+    """Of each stretch of 16 keys, the first slot. A block holds a whole number of stretches."""
+
+
 class StepPlan:
     """One step's indices on the stage's device. `reads` depends on the layer's window and is kept by it."""
 
@@ -97,6 +111,7 @@ class StepPlan:
         self._dtype = dtype
         self._reads: dict[int | None, Reads] = {}
         self._token_reads: TokenReads | None = None
+        self._span_reads: SpanReads | None = None
         self._long_chunks: dict[int | None, tuple[Chunk, ...]] = {}
         positions_T, slots_T = _positions_and_slots(spans, block_size)
         self.num_tokens = len(positions_T)
@@ -113,6 +128,24 @@ class StepPlan:
         if found is None:
             found = self._reads[window] = self._plan_reads(window)
         return found
+
+    def span_reads(self) -> SpanReads:
+        """Where each span finds its keys."""
+        if self._span_reads is None:
+            within = np.arange(0, self.block_size, KEYS_OF_A_STRETCH)
+            tables = [
+                (span.blocks[: -(-span.end // self.block_size), None] * self.block_size + within).reshape(-1)
+                for span in self._spans
+            ]
+            ends = np.cumsum([len(table) for table in tables])
+            self._span_reads = SpanReads(
+                firsts_B=np.array([span.row for span in self._spans], np.int64),
+                counts_B=np.array([span.count for span in self._spans], np.int64),
+                starts_B=np.array([span.start for span in self._spans], np.int64),
+                tables_B=np.concatenate([[0], ends[:-1]]).astype(np.int64),
+                slots_N=np.concatenate(tables),
+            )
+        return self._span_reads
 
     def token_reads(self) -> TokenReads:
         """Where each token of a short span finds its keys."""
