@@ -117,9 +117,9 @@ class CompiledLayer(LeanLayer):
 
     def _parts(self, rows_TW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys, values, ``[N, T, D]`` each."""
-        sizes = [self.num_queries, self.num_keys, self.num_keys]
-        queries_NTD, keys_KTD, values_KTD = self._heads(rows_TW).split(sizes)
-        return queries_NTD, keys_KTD, values_KTD
+        heads_NTD = self._heads(rows_TW)
+        keys, values = self.num_queries, self.num_queries + self.num_keys
+        return heads_NTD[:keys], heads_NTD[keys:values], heads_NTD[values:]
 
     def _heads(self, rows_TW: torch.Tensor) -> torch.Tensor:
         """``[N, T, D]``: queries, keys, values."""
