@@ -120,7 +120,6 @@ def test_never_more_than_a_chunk() -> None:
 
 def riding(
     *curves: StageCurve,
-    wanted: float = 1000.0,
     least: int = 8,
     chunk_tokens: int = 16,
     rate_bytes_per_s: float | None = 12.5e6,
@@ -131,14 +130,9 @@ def riding(
     )  # fmt: skip
     links = Links(latency_s=0.0, s_per_byte=None, seen_bytes=1.0, rate_bytes_per_s=rate_bytes_per_s)
     return riding_tokens(
-        replace(machine(*curves), links=links), cycle=cycle, size=16, context_tokens=60, least=least, wanted=wanted,
+        replace(machine(*curves), links=links), cycle=cycle, size=16, context_tokens=60, least=least,
         chunk_tokens=chunk_tokens, most=256,
     )  # fmt: skip
-
-
-def test_what_is_free_rides_and_as_much_more_as_comes() -> None:
-    assert riding(AFFINE, wanted=0.0) == 8
-    assert riding(AFFINE, wanted=13.0) == 16
 
 
 def test_no_step_becomes_much_longer_for_those_who_ride() -> None:

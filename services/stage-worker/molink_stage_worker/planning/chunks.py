@@ -128,17 +128,16 @@ def riding_tokens(
     size: int,
     context_tokens: int,
     least: int,
-    wanted: float,
     chunk_tokens: int,
     most: int,
 ) -> int:
     """Tokens of short prompts to put into a decode step of `size` sequences itself. 0: they go apart.
 
     While stages are busy a step of its own costs everybody another pass, and waits behind those who decode. So the
-    `least` ride that cost next to nothing, and up to the `wanted` ones where they cost clearly less than in steps of
-    their own. (Where they cost as much, those at least go into the gaps that decode leaves.) But no step shall be
-    longer for it than by three quarters or by a chunk's step of its own, nor hold the slowest link up for more than a
-    twentieth of a cycle. Where stages have time to spare, a step of its own is computed at once.
+    `least` ride that cost next to nothing, and more where they cost clearly less than in steps of their own. (Where
+    they cost as much, those at least go into the gaps that decode leaves.) But no step shall be longer for it than by
+    three quarters or by a chunk's step of its own, nor hold the slowest link up for more than a twentieth of a cycle.
+    Where stages have time to spare, a step of its own is computed at once.
     """
     if cycle.stage_s < _RIDING_BUSY * cycle.cycle_s:
         return 0
@@ -170,7 +169,7 @@ def riding_tokens(
             (far_s - nothing_s) / (far - free) <= _RIDING_PRICE * chunk_s / chunk_tokens
             for far_s, nothing_s, chunk_s in zip(delays_s(far), free_s, chunks_s, strict=True)
         )
-        if riding >= wanted or not is_cheap:
+        if not is_cheap:
             break
         riding = count
     return riding

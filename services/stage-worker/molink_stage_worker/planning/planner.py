@@ -25,8 +25,6 @@ _THOUGHTS_A_TRY = 6
 _PROMPT_SHARE_OVER_S = 3.0
 _MOST_PROMPT_SHARE = 0.7
 _LEAST_PROMPT_SHARE = 0.01
-_RIDING_ROOM = 1.5
-"""Over the prompt tokens that have come for each decode step: they come unevenly."""
 _CHUNK_CHANGE = 1.4
 _CHUNK_REST_S = 3.0
 _CHUNK_JUMP = 2.0
@@ -59,8 +57,6 @@ class Planner:
         self._ring = RingEstimator(links=max(num_stages - 1, 1))
         self._prompt_s = [0.0] * num_stages
         """By stage: seconds of computing for prompts, fading over `_PROMPT_SHARE_OVER_S`."""
-        self._prompt_tokens = self._decode_steps = 0.0
-        """That came back, fading likewise."""
         self._prompts_at_s: float | None = None
         self._cycle: Cycle | None = None
         self._plan = self._default_plan()
@@ -78,8 +74,6 @@ class Planner:
         self._fade_prompts(now_s)
         self._meter.on_tokens(step.decode_tokens - step.guesses)
         prompt_tokens = step.tokens - step.decode_tokens
-        self._prompt_tokens += prompt_tokens
-        self._decode_steps += step.decode_tokens > 0
         alone = StepLoad(
             tokens=step.tokens,
             prompt_tokens=prompt_tokens,
@@ -203,7 +197,6 @@ class Planner:
                     size=_tokens_of(demand, micro_batches),
                     context_tokens=demand.context_tokens,
                     least=along_tokens,
-                    wanted=_RIDING_ROOM * self._prompt_tokens / max(self._decode_steps, 1.0),
                     chunk_tokens=chunk_tokens,
                     most=self._step_tokens // 2,
                 )
@@ -342,8 +335,6 @@ class Planner:
         if before_s is not None and now_s > before_s:
             fade = exp((before_s - now_s) / _PROMPT_SHARE_OVER_S)
             self._prompt_s = [prompt_s * fade for prompt_s in self._prompt_s]
-            self._prompt_tokens *= fade
-            self._decode_steps *= fade
 
     def _bottleneck(self) -> str:
         cycle = self._cycle
