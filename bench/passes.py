@@ -1,10 +1,11 @@
-"""What one pass over a model's layers costs in a decode step, without a network.
+"""What one pass over a model's layers costs in a decode step or for a prompt's chunk, without a network.
 
     python -m bench.passes            a table
     python -m bench.passes --json     the same, and one JSON object as the last line
 
 All layers in this process, as one stage, with the memory settings of a worker. Contexts are written first in prompt
-chunks; then every pass computes one token of each sequence. To compare two versions of the project, run each of them
+chunks; then every pass computes one token of each sequence, or with ``1x1000+32`` 32 tokens of a prompt after the
+first 1,000, again and again. To compare two versions of the project, run each of them
 several times by turns: the machine's own speed moves by more than most changes are worth.
 """
 
@@ -15,6 +16,7 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -35,22 +37,42 @@ _WARM_PASSES = 5
 
 def main(arguments: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(arguments.threads)
-    cases = [tuple(map(int, case.split("x"))) for case in arguments.cases.split(",")]
-    engine = _load(arguments, max(sequences * _blocks(context, arguments.passes) for sequences, context in cases))
+    cases = [_case(text) for text in arguments.cases.split(",")]
+    engine = _load(arguments, max(case.sequences * case.blocks(arguments.passes) for case in cases))
     rows = []
-    for sequences, context in cases:
-        times_ms = [1e3 * time_s for time_s in _passes_s(engine, sequences, context, arguments.passes)]
+    for case in cases:
+        times_ms = [1e3 * time_s for time_s in _passes_s(engine, case, arguments.passes)]
         row = {"best_ms": round(min(times_ms), 2), "median_ms": round(statistics.median(times_ms), 2)}
-        print(
-            f"{sequences:3} x {context:5} tokens: best {row['best_ms']:6} ms, median {row['median_ms']:6} ms",
-            flush=True,
-        )
-        rows.append({"sequences": sequences, "context_tokens": context, **row})
+        print(f"{case!s:>12} tokens: best {row['best_ms']:6} ms, median {row['median_ms']:6} ms", flush=True)
+        rows.append({**asdict(case), **row})
     return {"dtype": arguments.dtype, "threads": arguments.threads, "passes": rows}
 
 
-def _blocks(context: int, passes: int) -> int:
-    return -(-(context + _WARM_PASSES + passes) // _BLOCK_SIZE)
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What a pass computes."""
+
+    sequences: int
+    context_tokens: int
+    """Of each, before the first pass."""
+    chunk_tokens: int | None
+    """Of each sequence in every pass. None: one, and the next one in the next pass."""
+
+    def blocks(self, passes: int) -> int:
+        """KV blocks of a sequence."""
+        more = self.chunk_tokens if self.chunk_tokens is not None else _WARM_PASSES + passes
+        return -(-(self.context_tokens + more) // _BLOCK_SIZE)
+
+    def __str__(self) -> str:
+        chunk = "" if self.chunk_tokens is None else f"+{self.chunk_tokens}"
+        return f"{self.sequences}x{self.context_tokens}{chunk}"
+
+
+def _case(text: str) -> Case:
+    """Raises ValueError for what is not ``8x90`` or ``1x1000+32``."""
+    context, _, chunk = text.partition("+")
+    sequences, _, tokens = context.partition("x")
+    return Case(int(sequences), int(tokens), int(chunk) if chunk else None)
 
 
 def _load(arguments: argparse.Namespace, num_blocks: int) -> Engine:
@@ -65,21 +87,23 @@ def _load(arguments: argparse.Namespace, num_blocks: int) -> Engine:
     )  # fmt: skip
 
 
-def _passes_s(engine: Engine, sequences: int, context: int, passes: int) -> Sequence[float]:
-    each = _blocks(context, passes)
-    for sequence in range(sequences):
+def _passes_s(engine: Engine, case: Case, passes: int) -> Sequence[float]:
+    each, context = case.blocks(passes), case.context_tokens
+    for sequence in range(case.sequences):
         for start in range(0, context, _CHUNK):
             blocks = tuple(range(sequence * each, (sequence + 1) * each)) if start == 0 else ()
             count = min(_CHUNK, context - start)
             entry = Entry(sequence=sequence, start=start, count=count, opens=start == 0, new_blocks=blocks)
             engine.run([entry], (), token_ids=[100 + place % 1000 for place in range(start, start + count)])
     times_s = []
-    for place in range(context, context + _WARM_PASSES + passes):
-        entries = [Entry(sequence=number, start=place, count=1, logits=Logits.LAST) for number in range(sequences)]
+    for number in range(_WARM_PASSES + passes):
+        start = context if case.chunk_tokens is not None else context + number
+        count = case.chunk_tokens or 1
+        entries = [Entry(sequence=one, start=start, count=count, logits=Logits.LAST) for one in range(case.sequences)]
         started = time.perf_counter()
-        engine.run(entries, (), token_ids=[100 + number for number in range(sequences)])
+        engine.run(entries, (), token_ids=[100 + one % 1000 for one in range(case.sequences * count)])
         times_s.append(time.perf_counter() - started)
-    engine.run((), range(sequences), token_ids=())
+    engine.run((), range(case.sequences), token_ids=())
     return times_s[_WARM_PASSES:]
 
 
@@ -89,7 +113,7 @@ if __name__ == "__main__":
     parser.add_argument("--model", default="demo", help="what `molink up --model` takes")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--cases", default=CASES, help="sequences x tokens of context of each")
+    parser.add_argument("--cases", default=CASES, help="sequences x tokens of context of each, + tokens of a chunk")
     parser.add_argument("--passes", type=int, default=40)
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     chosen = parser.parse_args()
