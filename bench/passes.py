@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import time
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ _WARM_PASSES = 5
 
 def main(arguments: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(arguments.threads)
-    cases = [_case(text) for text in arguments.cases.split(",")]
+    cases: list[Case] = arguments.cases
     engine = _load(arguments, max(case.sequences * case.blocks(arguments.passes) for case in cases))
     rows = []
     for case in cases:
@@ -68,11 +69,16 @@ class Case:
         return f"{self.sequences}x{self.context_tokens}{chunk}"
 
 
-def _case(text: str) -> Case:
-    """Raises ValueError for what is not ``8x90`` or ``1x1000+32``."""
-    context, _, chunk = text.partition("+")
-    sequences, _, tokens = context.partition("x")
-    return Case(int(sequences), int(tokens), int(chunk) if chunk else None)
+def _cases(text: str) -> list[Case]:
+    """Of the flag; wrong ones raise what argparse shows."""
+    found = []
+    for one in text.split(","):
+        sizes = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)(?:\+([1-9]\d*))?", one)
+        if sizes is None:
+            raise argparse.ArgumentTypeError(f"{one!r} is no case; it is like 8x90 or 1x1000+32")
+        sequences, context, chunk = sizes.groups()
+        found.append(Case(int(sequences), int(context), int(chunk) if chunk else None))
+    return found
 
 
 def _load(arguments: argparse.Namespace, num_blocks: int) -> Engine:
@@ -113,7 +119,9 @@ if __name__ == "__main__":
     parser.add_argument("--model", default="demo", help="what `molink up --model` takes")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--cases", default=CASES, help="sequences x tokens of context of each, + tokens of a chunk")
+    parser.add_argument(
+        "--cases", type=_cases, default=CASES, help="sequences x tokens of context of each, + tokens of a chunk"
+    )
     parser.add_argument("--passes", type=int, default=40)
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     chosen = parser.parse_args()

@@ -124,7 +124,7 @@ class Step:
         out_TQ = torch.full((len(self.rows_TW), self.group * key_heads * size), torch.nan).bfloat16()
         assert amx_attention.are_possible()
         amx_attention.attend(
-            amx_attention.configurations(), kernels.array_of(self.rows_TW),
+            amx_tiles.configurations(), kernels.array_of(self.rows_TW),
             reads.firsts_B, reads.counts_B, reads.starts_B, reads.tables_B, reads.slots_N, window, 0.2,
             kernels.array_of(self.keys_KSD), kernels.array_of(self.values_KSD), kernels.array_of(out_TQ),
         )  # fmt: skip

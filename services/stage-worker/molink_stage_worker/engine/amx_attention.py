@@ -33,13 +33,11 @@ from molink_stage_worker.engine.amx_tiles import (
     clear_1,
     clear_2,
     clear_3,
-    configuration,
     configure,
     fetch_row,
     load_4,
     load_6,
     load_7,
-    put,
     release,
     store_0,
     store_1,
@@ -47,10 +45,9 @@ from molink_stage_worker.engine.amx_tiles import (
     store_3,
 )
 from molink_stage_worker.engine.compiling import jit
+from molink_stage_worker.engine.step_plan import KEYS_OF_A_STRETCH as KEYS
 from molink_stage_worker.engine.vectors import address_in, largest_of, write_pairs, write_scaled, write_weights
 
-KEYS = 16
-"""Of a stretch."""
 _TILE_WORDS = 256
 _TILES_AT_ONCE = 4
 _AHEAD = 2
@@ -62,12 +59,6 @@ _HIDDEN = float32(-np.inf)
 def can_attend(*, head_size: int, group: int, block_size: int) -> bool:
     """Whether heads of this size, so many query heads a key head, and blocks of this size come out even in tiles."""
     return head_size % DEPTH == 0 and group <= ROWS and block_size % KEYS == 0
-
-
-@cache
-def configurations() -> Any:
-    """How tiles are used for 0 to 16 rows, see `amx_tiles.configuration`: one row each."""
-    return np.stack([configuration(rows) for rows in range(ROWS + 1)])
 
 
 @cache
@@ -164,18 +155,18 @@ def _weigh(scores: Any, begin: Any, low: Any, high: Any, end: Any, scale: Any, w
     nothing = uint16(0)
     first, last = low // KEYS * KEYS, (high + KEYS - 1) // KEYS * KEYS
     for key in range(first, low):
-        put(scores, begin + key, _HIDDEN)
+        scores[begin + key] = _HIDDEN
     for key in range(high, last):
-        put(scores, begin + key, _HIDDEN)
+        scores[begin + key] = _HIDDEN
     largest, total = _HIDDEN, float32(0.0)
     for key in range(first, last, KEYS):
         largest = largest_of(scores, begin + key, largest)
     for key in range(first, last, KEYS):
         total += write_weights(scores, begin + key, largest, scale, weights)
     for key in range(low):
-        put(weights, begin + key, nothing)
+        weights[begin + key] = nothing
     for key in range(high, end):
-        put(weights, begin + key, nothing)
+        weights[begin + key] = nothing
     return float32(1.0) / total
 
 
@@ -255,7 +246,7 @@ def attend(
 
     A span is `counts_B` tokens from row `firsts_B` on, the first of them at position `starts_B`, each of which looks
     back on `window` keys, its own included. Where each 16 keys of its sequence lie is in `slots_N`, from `tables_B` on.
-    `tiles` are `configurations`.
+    `tiles` are `amx_tiles.configurations`.
     """
     key_heads, num_slots, size = keys_KSD.shape
     width, out_width = rows_TW.shape[1], out_TQ.shape[1]

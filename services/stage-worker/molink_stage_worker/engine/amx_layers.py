@@ -181,7 +181,7 @@ def layers(  # noqa: PLR0917  numba takes no names
     scale: Any,
     inner: Any,
 ) -> None:
-    """Take `hidden_TH` through all layers, in place. `tiles` are `amx_attention.configurations`."""
+    """Take `hidden_TH` through all layers, in place. `tiles` are `amx_tiles.configurations`."""
     tokens = hidden_TH.shape[0]
     found_TQ = np.empty((tokens, rows_TW.shape[1] - 2 * key_heads * head_size), np.uint16)
     of_products = tiles[min(tokens, ROWS)]

@@ -67,6 +67,12 @@ def in_blocks(weight_OI: torch.Tensor) -> torch.Tensor:
 
 
 @cache
+def configurations() -> Any:
+    """`configuration` for 0 to 16 rows, one after the other."""
+    return np.stack([configuration(rows) for rows in range(ROWS + 1)])
+
+
+@cache
 def configuration(num_rows: int) -> Any:
     """How the eight tiles are used: 0 to 3 sums and 4, 5 activations of `num_rows` rows; 6, 7 weights."""
     words = np.zeros(64, np.uint8)
@@ -142,15 +148,3 @@ def fetch_row(_context: Any, array: Any, place: Any) -> Any:
         return context.get_dummy_value()
 
     return types.none(array, int64), generate
-
-
-@intrinsic
-def put(_context: Any, array: Any, place: Any, value: Any) -> Any:
-    """Write an element of a flat array, at a place that is not below 0; numba's own index would ask whether it is."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        view = context.make_array(signature.args[0])(context, builder, arguments[0])
-        builder.store(arguments[2], builder.gep(view.data, [arguments[1]]))
-        return context.get_dummy_value()
-
-    return types.none(array, int64, array.dtype), generate

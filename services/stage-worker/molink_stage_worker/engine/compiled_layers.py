@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from molink_stage_worker.engine import amx_attention, kernels
+from molink_stage_worker.engine import amx_attention, amx_tiles, kernels
 from molink_stage_worker.engine.attention import Kind, PagedStep, attend, attend_chunks
 from molink_stage_worker.engine.kv_store import LayerStore
 from molink_stage_worker.engine.lean_layers import LeanLayer, Rotation
@@ -95,7 +95,7 @@ class CompiledLayer(LeanLayer):
     ) -> None:
         spans = plan.span_reads()
         amx_attention.attend(
-            amx_attention.configurations(), kernels.array_of(rows_TW),
+            amx_tiles.configurations(), kernels.array_of(rows_TW),
             spans.firsts_B, spans.counts_B, spans.starts_B, spans.tables_B, spans.slots_N,
             self.sliding_window or kernels.SEES_ALL, self.scaling, *store.arrays, kernels.array_of(found_TI),
         )  # fmt: skip

@@ -7,16 +7,18 @@ in a folder for this very version: numba itself looks at the file of a loop only
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numba
 from llvmlite import ir
-from numba import float32, int32, types, uint16, uint32
+from numba import float32, types, uint16
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from molink_common.folders import cache_folder
+from molink_stage_worker.engine import instructions
 
 
 def _kept_in() -> Path:
@@ -40,32 +42,22 @@ def jit(function: Any, **options: Any) -> Any:
         return numba.njit(function, fastmath=ANY_ORDER, **options)
 
 
-@intrinsic
-def float_of(_context: Any, bits: Any) -> Any:
-    """The float32 that 32 bits stand for."""
+def _written_down(make: Callable[[Any, Any], Any], result: Any, argument: Any) -> Any:
+    """A function of `instructions` for loops: takes a scalar to a scalar."""
 
-    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.FloatType())
+    @intrinsic
+    def compute(_context: Any, x: Any) -> Any:
+        def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            return make(builder, arguments[0])
 
-    return float32(types.uint32), generate
+        return result(argument), generate
+
+    return compute
 
 
-@intrinsic
-def _bfloat16_of(_context: Any, x: Any) -> Any:
-    """The bits of the bfloat16 next to a float32, ties to even. Rounding must not carry a NaN into a number.
-
-    Written down for LLVM itself: numba would compute with 64 bits, half as many numbers at a time.
-    """
-
-    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        word = ir.IntType(32)
-        bits = builder.bitcast(arguments[0], word)
-        odd = builder.and_(builder.lshr(bits, word(16)), word(1))
-        rounded = builder.lshr(builder.add(bits, builder.add(odd, word(0x7FFF))), word(16))
-        is_nan = builder.fcmp_unordered("uno", arguments[0], arguments[0])
-        return builder.trunc(builder.select(is_nan, word(0x7FC0), rounded), ir.IntType(16))
-
-    return uint16(types.float32), generate
+exp = _written_down(instructions.exponential, float32, float32)
+_bfloat16_of = _written_down(instructions.rounded, uint16, float32)
+_float_of = _written_down(instructions.widened, float32, uint16)
 
 
 def prefetch_at(builder: Any, address: Any) -> None:
@@ -98,7 +90,7 @@ def widen(x: Any) -> Any:
 @overload(widen, strict=False, jit_options={"fastmath": ANY_ORDER})
 def _widen_typed(x: Any) -> Any:
     if x == uint16:
-        return lambda x: float_of(uint32(x) << uint32(16))
+        return lambda x: _float_of(x)  # noqa: PLW0108  numba wants a function of Python's here
     return lambda x: x
 
 
@@ -113,23 +105,3 @@ def _narrow_typed(x: Any, like: Any) -> Any:
         return lambda x, like: x
 
     return lambda x, like: _bfloat16_of(float32(x))
-
-
-@jit
-def exp(x: Any) -> Any:
-    """``e**x`` for x up to 0, to 3e-7 of its value: Taylor's polynomial of ``2**f`` between −½ and ½, and the exponent.
-
-    The library's function takes one number at a time.
-    """
-    power = x * float32(1.44269504)
-    power = power if power > float32(-126.0) else float32(-126.0)
-    whole = int32(power - float32(0.5))
-    f = power - float32(whole)
-    value = float32(1.54035304e-4)
-    value = value * f + float32(1.33335581e-3)
-    value = value * f + float32(9.61812911e-3)
-    value = value * f + float32(5.55041087e-2)
-    value = value * f + float32(2.40226507e-1)
-    value = value * f + float32(6.93147181e-1)
-    value = value * f + float32(1.0)
-    return value * float_of(uint32((whole + int32(127)) << int32(23)))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from molink_stage_worker.engine import amx_attention, amx_layers, kernels
+from molink_stage_worker.engine import amx_layers, amx_tiles, kernels
 from molink_stage_worker.engine.amx_layers import Column
 from molink_stage_worker.engine.amx_products import MOST_ROWS
 from molink_stage_worker.engine.attention import PagedStep
@@ -59,7 +59,7 @@ class LayerStack(nn.Module):
         rows_TW = hidden_TH.new_empty(plan.num_tokens, (first.num_queries + 2 * first.num_keys) * first.head_size)
         cleared = _NO_BLOCKS if plan.blocks_to_clear is None else plan.blocks_to_clear.numpy()
         amx_layers.layers(
-            amx_attention.configurations(), self._table_LC, kernels.array_of(hidden_TH), first.epsilon, *angles,
+            amx_tiles.configurations(), self._table_LC, kernels.array_of(hidden_TH), first.epsilon, *angles,
             plan.slots, cleared, plan.block_size, first.num_keys, first.head_size,
             store.num_blocks * store.block_size, kernels.array_of(rows_TW),
             spans.firsts_B, spans.counts_B, spans.starts_B, spans.tables_B, spans.slots_N,
