@@ -33,12 +33,19 @@ def pipeline_bound(setup: Setup, curve: CostCurve, status: Mapping[str, Any]) ->
     if spec is not None:
         rate_bytes_per_s = payload_bytes_per_s(spec.rate_bit_per_s, spec.mtu_bytes)
         link = LinkBound(rate_bytes_per_s=rate_bytes_per_s, one_way_s=spec.round_trip_s / 2)
+    card = status["card"]
     return PipelineBound(
         stages=stages,
         links=(link,) * (setup.stages - 1),
         return_s=link.one_way_s,
-        bytes_a_token=status["card"]["hidden_size"] * Dtype(pipeline["dtype"]).size_bytes,
+        bytes_a_token=card["hidden_size"] * Dtype(pipeline["dtype"]).size_bytes * _share_left(status),
     )
+
+
+def _share_left(status: Mapping[str, Any]) -> float:
+    """What codecs leave of the bytes, where they leave least: so the bound is none too low."""
+    stages = (worker.get("stage") or {} for worker in status["workers"])
+    return min((stage["link"]["share_left"] for stage in stages if stage.get("link")), default=1.0)
 
 
 def load_of(load: SteadyLoad, until_s: float) -> Load:

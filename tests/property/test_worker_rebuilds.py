@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from molink_common.identity import sequence_id
-from molink_common.messages import Dtype, StartSequence, StepTokens
+from molink_common.messages import Dtype, LinkCodec, StartSequence, StepTokens
 from molink_common.sampling import SamplingOptions
 from molink_common.wire import StepFrame, Traffic, decode_extra, decode_frame
 from molink_stage_worker.batch_plan import BatchLimits, BatchPlan, StepPlan
 from molink_stage_worker.batching import Batcher
+from molink_stage_worker.codec_choice import CodecChoice
 from molink_stage_worker.compute import StageCompute
 from molink_stage_worker.engine.interface import StageSpec
 from molink_stage_worker.fence import Drop, Fence
@@ -55,7 +56,7 @@ class Stage:
         )
         is_tail = index == NUM_STAGES - 1
         sampler = Sampler(eos_token_ids=(), vocabulary_size=VOCABULARY) if is_tail else None
-        self.compute = StageCompute(self.engine, sampler)
+        self.compute = StageCompute(self.engine, sampler, codecs=CodecChoice(LinkCodec.LOSSLESS))
         self.journal = None if is_tail else Journal(journal_bytes, BLOCK)
         self.compute.take_place(index, self.journal)
         self.join(1)

@@ -101,10 +101,16 @@ def test_fixed_counts_stop_at_the_number_of_streams() -> None:
 def test_a_codec_is_part_of_a_policy() -> None:
     flags = {
         policy: Setup(engine=EngineKind.REAL, stages=2, link="10m30", policy=policy).scheduler_flags
-        for policy in ("adaptive", "adaptive:3+int8", "plain+lossless")
+        for policy in ("adaptive", "adaptive+raw", "adaptive:3+int8", "plain", "plain+lossless")
     }
     codecs = {policy: of[of.index("--link-codec") + 1] for policy, of in flags.items()}
-    assert codecs == {"adaptive": "raw", "adaptive:3+int8": "int8", "plain+lossless": "lossless"}
+    assert codecs == {
+        "adaptive": "auto",
+        "adaptive+raw": "raw",
+        "adaptive:3+int8": "int8",
+        "plain": "raw",
+        "plain+lossless": "lossless",
+    }
     assert flags["adaptive:3+int8"][3] == "3"
 
 
@@ -139,6 +145,7 @@ STATUS: dict[str, Any] = {
             },
         }
     ],
+    "workers": [{"stage": None}, {"stage": {"link": None}}, {"stage": {"link": {"share_left": 1.0}}}],
 }
 
 
@@ -149,6 +156,9 @@ def test_a_bound_knows_the_link_and_the_costs() -> None:
     assert (bound.bytes_a_token, bound.return_s, bound.links[0].one_way_s) == (16384, 0.015, 0.015)
     assert bound.links[0].rate_bytes_per_s == pytest.approx(12.5e6 * 1448 / 1500)
     assert bound.stages[0](1.0, 1.0, 0.0) == pytest.approx(0.0185)
+    encoded = [*STATUS["workers"], {"stage": {"link": {"share_left": 0.75}}}]
+    bound = pipeline_bound(timed, CostCurve(), {**STATUS, "workers": encoded})
+    assert bound is not None and bound.bytes_a_token == 0.75 * 16384
     real = Setup(engine=EngineKind.REAL, stages=2, link="lan", policy="adaptive")
     bound = pipeline_bound(real, CostCurve(), STATUS)
     assert bound is not None

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from molink_common.identity import sequence_id
-from molink_common.messages import Dtype, FinishReason, StepTokens
+from molink_common.messages import Dtype, FinishReason, LinkCodec, StepTokens
 from molink_common.sampling import SamplingOptions
 from molink_common.wire import Entry, Extra, Logits, Opening, StepFrame
+from molink_stage_worker.codec_choice import CodecChoice
 from molink_stage_worker.compute import StageCompute
 from molink_stage_worker.engine.interface import StageSpec
 from molink_stage_worker.sampling import Sampler
@@ -32,7 +33,8 @@ class Tail:
             checkpoint=Path("/nowhere"), first_layer=0, last_layer=LAYERS, num_layers=LAYERS, dtype=Dtype.FLOAT32,
             device="cpu", num_blocks=16, block_size=BLOCK,
         )  # fmt: skip
-        self._compute = StageCompute(CountingEngine(spec), Sampler(eos_token_ids=(), vocabulary_size=VOCABULARY))
+        sampler = Sampler(eos_token_ids=(), vocabulary_size=VOCABULARY)
+        self._compute = StageCompute(CountingEngine(spec), sampler, codecs=CodecChoice(LinkCodec.RAW))
         self._compute.take_place(0, None)
         self._steps = 0
         opening = Opening(

@@ -18,6 +18,7 @@ from molink_common.errors import MolinkError
 from molink_common.messages import (
     ClusterState,
     HeadReport,
+    LinkCodec,
     LinkReport,
     PipelineState,
     StageCostReport,
@@ -177,5 +178,10 @@ def _link_cells(link: LinkReport) -> list[str]:
         "not measured yet" if link.round_trip_s is None else f"{link.round_trip_s * 1e3:.1f} ms",
         "not measured yet" if link.rate_bytes_per_s is None else f"{link.rate_bytes_per_s * 8 / 1e6:.1f} Mbit/s",
         show_size(link.window_bytes) if link.window_bytes else "none",
-        f"{link.codec} ({link.exactness})",
+        _codec(link),
     ]
+
+
+def _codec(link: LinkReport) -> str:
+    automatic = ", chosen by measurement" if link.codec is LinkCodec.AUTO else ""
+    return f"{link.present_codec} ({link.exactness}{automatic}): {link.share_left:.0%} of the bytes"

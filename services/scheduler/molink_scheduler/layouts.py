@@ -32,12 +32,16 @@ def new_layout(
                 worker=stage.worker,
                 first_layer=stage.first_layer,
                 last_layer=stage.last_layer,
-                # within a site the bytes that a codec saves are worth less than its time
-                codec=books.settings.link_codec if site != next_site else LinkCodec.RAW,
+                codec=_codec(books.settings.link_codec, crosses=site != next_site),
             )
             for stage, site, next_site in zip(layer_map.stages, sites, [*sites[1:], sites[-1]], strict=True)
         ),
     )
+
+
+def _codec(wanted: LinkCodec, *, crosses: bool) -> LinkCodec:
+    """Within a site the bytes that a codec saves are worth less than its time, unless the link is found to be slow."""
+    return wanted if crosses or wanted is LinkCodec.AUTO else LinkCodec.RAW
 
 
 def with_others(layout: PipelineRecord, others: dict[str, str], *, epoch: int, is_continued: bool) -> PipelineRecord:

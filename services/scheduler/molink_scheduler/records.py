@@ -25,7 +25,7 @@ class StageRecord(BaseModel):
     worker: str
     first_layer: int
     last_layer: int
-    codec: LinkCodec = LinkCodec.RAW
+    codec: LinkCodec = LinkCodec.AUTO
     """Of the link to the next stage."""
 
 

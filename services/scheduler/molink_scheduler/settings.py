@@ -62,8 +62,11 @@ class SchedulerSettings(ServiceSettings):
     ] = 100.0
     link_codec: Annotated[
         LinkCodec,
-        Field(description="raw, lossless or int8, on links between sites; within a site always raw"),
-    ] = LinkCodec.RAW
+        Field(
+            description="auto: raw, or lossless where the measured link is slow enough; raw, lossless or int8, "
+            "on links between sites, and raw within a site"
+        ),
+    ] = LinkCodec.AUTO
     speculation: Annotated[
         Speculation,
         Field(description="lookup: guess tokens from a text's own repetitions and verify several at once; off"),

@@ -21,6 +21,7 @@ from molink_common.messages import PromptLogprobs, StepTokens, TokenEvent
 from molink_common.wire import Codec, Entry, Logits, StageTiming, StepFrame, encode_frame
 from molink_stage_worker.activation_codec import decode_hidden, encode_hidden
 from molink_stage_worker.chunk_choice import MOST_LOGIT_ROWS
+from molink_stage_worker.codec_choice import CodecChoice
 from molink_stage_worker.engine.interface import Engine
 from molink_stage_worker.journal import Journal
 from molink_stage_worker.lives import Lives
@@ -40,10 +41,10 @@ _PASSES_A_CURVE = 8
 class StageCompute:
     """An engine, and at the tail a sampler. Used by one thread."""
 
-    def __init__(self, engine: Engine, sampler: Sampler | None, *, codec: Codec = Codec.RAW) -> None:
+    def __init__(self, engine: Engine, sampler: Sampler | None, *, codecs: CodecChoice) -> None:
         self.engine = engine
+        self.codecs = codecs
         self._sampler = sampler
-        self._codec = codec
         self._lives = Lives()
         self._cost = StageEstimator()
         self._curve: StageCurve | None = None
@@ -145,13 +146,11 @@ class StageCompute:
             closes = [sequence_number(name) for name in closed]
             self.engine.run((), closes, token_ids=() if is_head else None, hidden=None if is_head else NOTHING)
         timing = self._timing((), step, began_ns)
-        tokens = None
         if self._sampler is None:
-            payload: bytes | bytearray = self._encode(step.frame, rows or None, timing)
-        else:
-            tokens = _sampled(self._sampler, step, None, timing)
-            payload = messages.encode(tokens)
-        return _result(step, payload, tokens, started_ns, problem)
+            payload, codec = self._encode(step.frame, rows or None, timing)
+            return _result(step, payload, None, started_ns, problem=problem, codec=codec)
+        tokens = _sampled(self._sampler, step, None, timing)
+        return _result(step, messages.encode(tokens), tokens, started_ns, problem=problem)
 
     def _replayed(self, entry: Entry) -> bytes | None:
         return None if self._journal is None else self._journal.replay(entry.sequence, entry.start, entry.count)
@@ -172,20 +171,19 @@ class StageCompute:
         for step in steps:
             frame = step.frame
             timing = self._timing(steps, step, began_ns)
-            tokens = None
             if self._sampler is None:
                 raw = NOTHING if output.hidden is None else output.hidden
                 own = raw[token_at * token_bytes : (token_at + frame.num_tokens) * token_bytes]
                 self._record(frame, own, token_bytes)
-                payload = self._encode(frame, own if step.extra.rebuild is None else None, timing)
+                payload, codec = self._encode(frame, own if step.extra.rebuild is None else None, timing)
+                results.append(_result(step, payload, None, started_ns, codec=codec))
             else:
                 rows = sum(len(entry.places_with_logits) for entry in frame.entries)
                 logits_RV = None if output.logits_RV is None else output.logits_RV[row_at : row_at + rows]
                 tokens = _sampled(self._sampler, step, logits_RV, timing)
-                payload = messages.encode(tokens)
                 row_at += rows
+                results.append(_result(step, messages.encode(tokens), tokens, started_ns))
             token_at += frame.num_tokens
-            results.append(_result(step, payload, tokens, started_ns))
         self._learn(entries, began_ns)
         return results
 
@@ -205,14 +203,18 @@ class StageCompute:
         ]
         return None, parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
 
-    def _encode(self, frame: StepFrame, raw: memoryview | None, timing: StageTiming) -> bytes | bytearray:
-        """None: the step goes on without hidden states."""
+    def _encode(self, frame: StepFrame, raw: memoryview | None, timing: StageTiming) -> tuple[bytes | bytearray, Codec]:
+        """The frame for the next stage. None: the step goes on without hidden states."""
         timings = (*frame.timings, timing)
         if raw is None:
             codec = Codec.ABSENT if frame.entries else Codec.RAW
-            return encode_frame(replace(frame, hidden=NOTHING, codec=codec, timings=timings))
-        hidden = encode_hidden(raw, hidden_size=frame.hidden_size, dtype=frame.dtype, codec=self._codec)
-        return encode_frame(replace(frame, hidden=hidden, codec=self._codec, timings=timings))
+            return encode_frame(replace(frame, hidden=NOTHING, codec=codec, timings=timings)), codec
+        codec = self.codecs.next(raw.nbytes)
+        began_s = time.perf_counter()
+        hidden = encode_hidden(raw, hidden_size=frame.hidden_size, dtype=frame.dtype, codec=codec)
+        if raw.nbytes:
+            self.codecs.on_encoded(raw.nbytes, hidden.nbytes, time.perf_counter() - began_s)
+        return encode_frame(replace(frame, hidden=hidden, codec=codec, timings=timings)), codec
 
     def _record(self, frame: StepFrame, raw: memoryview, token_bytes: int) -> None:
         """Keep what the next stage gets, as it is before it is encoded: encoding it again gives the same."""
@@ -273,7 +275,9 @@ def _result(
     payload: bytes | bytearray,
     tokens: StepTokens | None,
     started_ns: int,
+    *,
     problem: str = "",
+    codec: Codec = Codec.ABSENT,
 ) -> StageResult:
     return StageResult(
         payload=payload,
@@ -285,6 +289,7 @@ def _result(
         started_ns=started_ns,
         ended_ns=time.time_ns(),
         problem=problem,
+        codec=codec,
     )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from molink_common.messages import AssignStage, ModelCard, Scheduling
 from molink_stage_worker.batch_plan import BatchLimits
 from molink_stage_worker.batching import Batcher
+from molink_stage_worker.codec_choice import CodecChoice
 from molink_stage_worker.compute import StageCompute
 from molink_stage_worker.engine.interface import Engine
 from molink_stage_worker.grammars import Grammars
@@ -22,7 +23,6 @@ from molink_stage_worker.journal import Journal
 from molink_stage_worker.planning.observation import Demand
 from molink_stage_worker.planning.planner import Planner
 from molink_stage_worker.sampling import Sampler
-from molink_stage_worker.stage_link import CODECS
 
 _BYTES_AN_OPENING_TOKEN = 8
 """In a frame's extra part: up to seven digits and a comma."""
@@ -70,7 +70,7 @@ def make_stage(
     is_tail = assignment.index == assignment.num_stages - 1
     sampler = _make_sampler(card, folder) if is_tail else None
     return KeptStage(
-        compute=StageCompute(engine, sampler, codec=CODECS[assignment.codec]),
+        compute=StageCompute(engine, sampler, codecs=CodecChoice(assignment.codec)),
         desk=_make_desk(assignment, card, limits) if assignment.index == 0 else None,
         journal=None if is_tail else Journal(limits.journal_bytes, assignment.block_size),
         executor=executor,

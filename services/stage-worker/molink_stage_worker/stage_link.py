@@ -16,14 +16,13 @@ from molink_common.errors import BusUnavailable, ProtocolError
 from molink_common.logs import get_logger
 from molink_common.messages import AssignStage, LinkCodec, LinkReport, Scheduling
 from molink_common.pieces import PIECE_HEADER_BYTES, Piece, decode_ack
-from molink_common.wire import Codec, Traffic
+from molink_common.wire import Traffic
 from molink_stage_worker.activation_codec import EXACTNESS
+from molink_stage_worker.codec_choice import CodecChoice
 from molink_stage_worker.transmission.sender import LinkSender
 from molink_stage_worker.transmission.values import Parcel, Send
 
 log = get_logger("link")
-
-CODECS = {LinkCodec.RAW: Codec.RAW, LinkCodec.LOSSLESS: Codec.LOSSLESS, LinkCodec.INT8: Codec.INT8}
 
 Payload = bytes | bytearray
 
@@ -31,11 +30,14 @@ Payload = bytes | bytearray
 class StageLink:
     """Sends frames to the next stage. `on_lost` hears of a step whose frame could not be sent."""
 
-    def __init__(self, *, bus: Bus, bulk_bus: Bus, place: AssignStage, on_lost: Callable[[int], None]) -> None:
+    def __init__(
+        self, *, bus: Bus, bulk_bus: Bus, place: AssignStage, codecs: CodecChoice, on_lost: Callable[[int], None]
+    ) -> None:
         self._bus = bus
         # the baselines have one connection for everything
         self._bulk_bus = bulk_bus if place.policy.scheduling is Scheduling.ADAPTIVE else bus
         self._place = place
+        self._codecs = codecs
         self._on_lost = on_lost
         self._sender = LinkSender(
             place.policy.scheduling, assumed_link_bytes_per_s=place.policy.assumed_link_bytes_per_s
@@ -54,6 +56,7 @@ class StageLink:
         """Queue a frame. How many there can be is bounded by the steps that the head has under way."""
         self._payloads[step] = payload
         self._sender.offer(Parcel(step=step, traffic=traffic, size_bytes=len(payload)), self._loop.time())
+        self._codecs.on_rate(self._wire_rate_bytes_per_s)
         self._changed.set()
 
     async def run(self) -> None:
@@ -74,7 +77,12 @@ class StageLink:
 
     @property
     def rate_bytes_per_s(self) -> float | None:
-        """As measured while the link was busy. None: it was not lately, so it may carry more than was asked of it."""
+        """Of hidden states before their codec. None: the link was not busy lately, so it may carry more than it did."""
+        rate = self._wire_rate_bytes_per_s
+        return None if rate is None else rate / self._codecs.share_left
+
+    @property
+    def _wire_rate_bytes_per_s(self) -> float | None:
         estimator = self._sender.estimator
         if not estimator.is_rate_certain or estimator.rate_bytes_per_s is None:
             return None
@@ -89,9 +97,12 @@ class StageLink:
         """For the heartbeat."""
         sender = self._sender.report()
         since_s = sender.unacknowledged_since_s
+        present = self._codecs.latest
         return LinkReport(
             codec=self._place.codec,
-            exactness=EXACTNESS[CODECS[self._place.codec]],
+            present_codec=LinkCodec[present.name],
+            exactness=EXACTNESS[present],
+            share_left=self._codecs.share_left,
             round_trip_s=sender.round_trip_s,
             rate_bytes_per_s=sender.rate_bytes_per_s,
             window_bytes=sender.window_bytes,

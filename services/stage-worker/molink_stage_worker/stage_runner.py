@@ -21,7 +21,8 @@ from molink_common.errors import ProtocolError
 from molink_common.logs import get_logger
 from molink_common.messages import AssignStage, HeadReport, LinkReport, StartSequence, StepTokens
 from molink_common.telemetry import Telemetry
-from molink_common.wire import Traffic
+from molink_common.wire import Codec, Traffic
+from molink_stage_worker.activation_codec import EXACTNESS
 from molink_stage_worker.company import DecodeRhythm
 from molink_stage_worker.compute import StageCompute
 from molink_stage_worker.fence import Drop, Fence
@@ -92,7 +93,9 @@ class StageRunner:
             )
         self._link: StageLink | None = None
         if assignment.index < assignment.num_stages - 1:
-            self._link = StageLink(bus=bus, bulk_bus=bulk_bus, place=assignment, on_lost=self._on_lost)
+            self._link = StageLink(
+                bus=bus, bulk_bus=bulk_bus, place=assignment, codecs=compute.codecs, on_lost=self._on_lost
+            )
         if desk is not None:
             desk.use(can_rewind=compute.engine.can_rewind)
         self._outbox = TokenOutbox(bus, assignment)
@@ -383,6 +386,12 @@ class StageRunner:
                     "molink.step": result.step,
                     "molink.tokens": result.num_tokens,
                     "molink.traffic": result.traffic.name.lower(),
-                    "molink.link_codec": self._assignment.codec,
+                    **_codec_attributes(result.codec),
                 },
             )
+
+
+def _codec_attributes(codec: Codec) -> dict[str, str]:
+    if codec is Codec.ABSENT:
+        return {}
+    return {"molink.link_codec": codec.name.lower(), "molink.link_exactness": EXACTNESS[codec]}

@@ -52,6 +52,8 @@ class StageResult:
     refused: tuple[Entry, ...] = ()
     """Entries that the engine found to contradict what it knows; the step went on without them."""
     problem: str = ""
+    codec: Codec = Codec.ABSENT
+    """Of the hidden states in `payload`; a tail's has none."""
 
 
 def planned(plan: StepPlan, place: AssignStage, hidden_size: int, *, along: bool) -> StageStep:

@@ -69,6 +69,8 @@ class PipelinePolicy(BaseModel):
 class LinkCodec(StrEnum):
     """How hidden states are encoded on a link."""
 
+    AUTO = "auto"
+    """Raw or lossless, whichever gets them there sooner, by what the link and the encoding were measured to take."""
     RAW = "raw"
     LOSSLESS = "lossless"
     INT8 = "int8"
@@ -78,8 +80,13 @@ class LinkReport(BaseModel):
     """The link to the next stage, as its sender has measured it. None: not known yet."""
 
     model_config = ConfigDict(frozen=True)
-    codec: LinkCodec = LinkCodec.RAW
+    codec: LinkCodec = LinkCodec.AUTO
+    """As it was wanted."""
+    present_codec: LinkCodec = LinkCodec.RAW
+    """Of the newest frame."""
     exactness: str = ""
+    share_left: float = 1.0
+    """Bytes on the link for each byte of hidden states, lately."""
     round_trip_s: float | None = None
     """The least, of a small frame and its acknowledgement."""
     rate_bytes_per_s: float | None = None
@@ -231,7 +238,7 @@ class AssignStage(Message):
     block_size: Annotated[int, Field(ge=1)]
     """Tokens a KV block."""
     policy: PipelinePolicy = PipelinePolicy()
-    codec: LinkCodec = LinkCodec.RAW
+    codec: LinkCodec = LinkCodec.AUTO
     """Of the link to the next stage."""
     continues_epoch: Count | None = None
     """The worker holds this very stage (layers, dtype, blocks, place) in this earlier epoch and is to go on with its
