@@ -51,7 +51,7 @@ class Setup:
     """``lan``, or rate and round trip: ``1g2`` is 1 Gbit/s and 2 ms, ``100m30`` is 100 Mbit/s and 30 ms."""
     policy: str
     """``adaptive``, ``plain``, ``published``; ``adaptive:4`` for a fixed number of micro-batches, ``adaptive+int8`` for
-    a codec on the links (the baselines' is raw), ``adaptive+lookup`` with speculation."""
+    a codec on the links (auto gives the baselines none), ``adaptive+lookup`` with speculation."""
 
     def __post_init__(self) -> None:
         if self.stages not in (2, 3):
@@ -74,8 +74,7 @@ class Setup:
         found = _POLICY.fullmatch(self.policy)
         assert found is not None, "checked at birth"
         flags = ["--scheduling", found[1], "--micro-batches", found[2] or "auto"]
-        default = "auto" if found[1] == "adaptive" else "raw"
-        flags += ["--link-codec", found[3] or default, "--speculation", "lookup" if found[4] else "off"]
+        flags += ["--link-codec", found[3] or "auto", "--speculation", "lookup" if found[4] else "off"]
         flags += ["--ttft-target-s", "0"]  # the load is what the cell says, whatever the first tokens wait
         return flags + (["--dtype", "bfloat16"] if self.engine is EngineKind.SYNTHETIC else [])
 

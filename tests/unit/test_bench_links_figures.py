@@ -108,7 +108,7 @@ def test_a_codec_is_part_of_a_policy() -> None:
         "adaptive": "auto",
         "adaptive+raw": "raw",
         "adaptive:3+int8": "int8",
-        "plain": "raw",
+        "plain": "auto",
         "plain+lossless": "lossless",
     }
     assert flags["adaptive:3+int8"][3] == "3"

@@ -43,6 +43,27 @@ def running() -> Driver:
     return running_driver()
 
 
+@pytest.mark.parametrize(
+    ("settings", "sites", "codec"),
+    [
+        ({}, ("a", "a"), "auto"),
+        ({}, ("a", "b"), "auto"),
+        ({"scheduling": "published"}, ("a", "b"), "raw"),
+        ({"scheduling": "plain", "link_codec": "lossless"}, ("a", "b"), "lossless"),
+        ({"link_codec": "int8"}, ("a", "b"), "int8"),
+        ({"link_codec": "int8"}, ("a", "a"), "raw"),
+    ],
+)
+def test_a_codec_by_name_is_for_links_between_sites(
+    settings: dict[str, object], sites: tuple[str, str], codec: str
+) -> None:
+    driver = Driver(make_settings(**settings))
+    for worker, site in zip(("w1", "w2"), sites, strict=True):
+        driver.beat(make_heartbeat(worker, site=site))
+    told = [one.stage for one in driver.do(EpochTaken(1)) if isinstance(one, AssignStageTo)]
+    assert [one.codec for one in told if one.index == 0] == [codec]
+
+
 def test_the_whole_way_from_heartbeats_to_a_ready_pipeline() -> None:
     driver = Driver()
     assert driver.beat(make_heartbeat("w1")) == []

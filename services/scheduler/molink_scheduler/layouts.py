@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from molink_common.messages import AssignStage, Dtype, LinkCodec, ModelCard
+from molink_common.messages import AssignStage, Dtype, LinkCodec, ModelCard, Scheduling
 from molink_scheduler.books import Books
 from molink_scheduler.instructions import AssignStageTo
 from molink_scheduler.placement import LayerMap
 from molink_scheduler.records import PipelineRecord, StageRecord
+from molink_scheduler.settings import SchedulerSettings
 
 MOST_CONTINUED_EPOCHS = 64
 """Of those before, a sequence that is still served is started again after a restart of the scheduler: harmless."""
@@ -32,16 +33,19 @@ def new_layout(
                 worker=stage.worker,
                 first_layer=stage.first_layer,
                 last_layer=stage.last_layer,
-                codec=_codec(books.settings.link_codec, crosses=site != next_site),
+                codec=_codec(books.settings, crosses=site != next_site),
             )
             for stage, site, next_site in zip(layer_map.stages, sites, [*sites[1:], sites[-1]], strict=True)
         ),
     )
 
 
-def _codec(wanted: LinkCodec, *, crosses: bool) -> LinkCodec:
+def _codec(settings: SchedulerSettings, *, crosses: bool) -> LinkCodec:
     """Within a site the bytes that a codec saves are worth less than its time, unless the link is found to be slow."""
-    return wanted if crosses or wanted is LinkCodec.AUTO else LinkCodec.RAW
+    if settings.link_codec is LinkCodec.AUTO:
+        # the baselines know no codec but one that is asked for
+        return LinkCodec.AUTO if settings.scheduling is Scheduling.ADAPTIVE else LinkCodec.RAW
+    return settings.link_codec if crosses else LinkCodec.RAW
 
 
 def with_others(layout: PipelineRecord, others: dict[str, str], *, epoch: int, is_continued: bool) -> PipelineRecord:
