@@ -1,4 +1,4 @@
-"""Products of a few rows with a large bfloat16 matrix on AMX tiles.
+"""Products of a few rows with a large bfloat16 matrix, and those of attention, on AMX tiles.
 
 A decode step reads every weight once and computes little with it, so what counts is how fast weights come from
 memory. oneDNN's kernel, which long prompts are computed with, waits for most of them: 8 GB/s on a machine whose core
@@ -10,13 +10,9 @@ Shapes: T tokens, I inputs, O outputs. bfloat16 as the integers of their bits; a
 
 from __future__ import annotations
 
-from enum import IntEnum
-from functools import cache
 from typing import Any
 
 import numpy as np
-import torch
-from numba import float32, int64, uint8, uint16
 
 from molink_stage_worker.engine.amx_tiles import (
     BLOCK,
@@ -31,14 +27,11 @@ from molink_stage_worker.engine.amx_tiles import (
     add_2_of_5_6,
     add_3_of_4_7,
     add_3_of_5_7,
-    are_here,
     clear_0,
     clear_1,
     clear_2,
     clear_3,
-    configuration,
     configure,
-    fetch_row,
     load_4,
     load_5,
     load_6,
@@ -50,50 +43,19 @@ from molink_stage_worker.engine.amx_tiles import (
     store_3,
 )
 from molink_stage_worker.engine.compiling import jit
-from molink_stage_worker.engine.vectors import add_to, write, write_product, write_silu, write_sum
-
-MOST_ROWS = 256
-"""More than that oneDNN computes faster: 512 take it 126 ms where the loops here need 163."""
+from molink_stage_worker.engine.product_ends import finish
+from molink_stage_worker.engine.vectors import fetch_line
 
 _AHEAD = 4 * BLOCK_NUMBERS
 """How far ahead of its turn a tile of each stream is fetched."""
-
-
-class Then(IntEnum):
-    """What follows the product before it is rounded."""
-
-    NOTHING = 0
-    SILU = 1
-    TIMES = 2
-    """`other`, number by number."""
-    PLUS = 3
-
-
-@cache
-def are_possible() -> bool:
-    """Whether this processor has what it takes. Compiles, some seconds: not to be done by the first step."""
-    if not are_here():
-        return False
-    numbers = uint16[::1]
-    multiply.compile((uint8[::1], numbers, numbers, float32[::1], int64, numbers, numbers, int64, int64, int64))
-    return True
-
-
-def product(x_TI: torch.Tensor, weights: Any, bias_O: Any, out_TO: torch.Tensor) -> None:
-    """``x W^T + bias`` into `out_TO`, for 1 to `MOST_ROWS` tokens. Tensors lie row after row, without gaps.
-
-    `weights` are those of `amx_tiles.memory_of`; an empty bias, in float32, is none.
-    """
-    tokens, inputs = x_TI.shape
-    x, out = (tensor.view(torch.uint16).numpy().reshape(-1) for tensor in (x_TI, out_TO))
-    rows = configuration(min(tokens, ROWS))
-    multiply(rows, x, weights, bias_O, int(Then.NOTHING), out, out, tokens, inputs, out_TO.shape[1])
+_TILE_WORDS = 256
+_TILES_AT_ONCE = 4
 
 
 @jit
 def _fetch(weights: Any, tile: Any) -> None:
     for row in range(ROWS):
-        fetch_row(weights, tile + row * BLOCK_ROW_BYTES // 2)
+        fetch_line(weights, tile + row * BLOCK_ROW_BYTES // 2)
 
 
 @jit
@@ -102,17 +64,8 @@ def _finish(
 ) -> None:
     """The sums of some tokens to 16 of their outputs, rounded once: from row `first` and from `column` on."""
     for row in range(num_rows):
-        at, to = row * ROWS, (first + row) * num_outputs + column
-        if bias_O.size > 0:
-            add_to(sums, at, bias_O, column)
-        if then == Then.SILU:
-            write_silu(sums, at, others, outs, to)
-        elif then == Then.TIMES:
-            write_product(sums, at, others, outs, to)
-        elif then == Then.PLUS:
-            write_sum(sums, at, others, outs, to)
-        else:
-            write(sums, at, others, outs, to)
+        to = (first + row) * num_outputs + column
+        finish(sums, row * ROWS, bias_O, column, then, others, outs, to)
 
 
 @jit
@@ -235,3 +188,59 @@ def multiply(
         _of_16(configuration, x, weights, bias_O, then, others, outs, num_tokens, num_inputs, num_outputs)
     else:
         _of_more(configuration, x, weights, bias_O, then, others, outs, num_tokens, num_inputs, num_outputs)
+
+
+@jit
+def score(
+    rows: Any, first: Any, apart: Any, _num_rows: Any, key_words: Any, num_stretches: Any, size: Any, scores: Any,
+    width: Any,
+) -> None:  # fmt: skip
+    """Scores, not scaled yet, of a tile of queries, which begin at number `first` and lie `apart`, `width` apart.
+
+    A stretch is 16 keys, turned: pairs of their numbers, each of all 16 side by side. There is room for four at a time.
+    """
+    parts = size // DEPTH
+    step = parts * _TILE_WORDS
+    for stretch in range(0, num_stretches, _TILES_AT_ONCE):
+        clear_0()
+        clear_1()
+        clear_2()
+        clear_3()
+        for part in range(parts):
+            at = stretch * step + part * _TILE_WORDS
+            load_4(rows, first + part * DEPTH, 2 * apart)
+            load_6(key_words, at, ROW_BYTES)
+            add_0_of_4_6()
+            load_7(key_words, at + step, ROW_BYTES)
+            add_1_of_4_7()
+            load_6(key_words, at + 2 * step, ROW_BYTES)
+            add_2_of_4_6()
+            load_7(key_words, at + 3 * step, ROW_BYTES)
+            add_3_of_4_7()
+        to = stretch * ROWS
+        store_0(scores, to, 4 * width)
+        store_1(scores, to + ROWS, 4 * width)
+        store_2(scores, to + 2 * ROWS, 4 * width)
+        store_3(scores, to + 3 * ROWS, 4 * width)
+
+
+@jit
+def add_up(
+    weights: Any, width: Any, _num_rows: Any, value_words: Any, num_stretches: Any, size: Any, sums: Any
+) -> None:
+    """Of a tile of rows, the values by their weights, of an even number of stretches.
+
+    Values lie in pairs of keys: the numbers of both side by side.
+    """
+    for column in range(0, size, DEPTH):
+        clear_0()
+        clear_1()
+        for stretch in range(0, num_stretches, 2):
+            at = stretch * (ROWS // 2) * size + column
+            load_4(weights, stretch * ROWS, 2 * width)
+            load_6(value_words, at, 4 * size)
+            add_0_of_4_6()
+            load_7(value_words, at + ROWS, 4 * size)
+            add_1_of_4_7()
+        store_0(sums, column, 4 * size)
+        store_1(sums, column + ROWS, 4 * size)

@@ -1,15 +1,12 @@
-"""A CPU's matrix tiles (AMX: Intel since Sapphire Rapids) in compiled loops, and weights as oneDNN lays them out.
+"""A CPU's matrix tiles (AMX: Intel since Sapphire Rapids) for compiled loops.
 
 Instructions: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18. A tile has 16 rows of
 64 bytes; one instruction adds the product of 16 rows of 32 activations and a tile of 32 × 16 weights to 16 × 16 sums in
 float32. Which of the eight tiles is which: see `configuration`.
-
-Shapes: I inputs, O outputs. bfloat16 as the integers of their bits.
 """
 
 from __future__ import annotations
 
-import ctypes
 from functools import cache
 from typing import Any
 
@@ -20,7 +17,6 @@ from numba import int64, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from molink_stage_worker.engine.compiling import prefetch_at
 from molink_stage_worker.engine.vectors import address_in
 
 ROWS = 16
@@ -39,31 +35,6 @@ def are_here() -> bool:
     """Whether this processor has tiles and the system lets this process and its threads use them."""
     features = binding.get_host_cpu_features()
     return bool(features.get("amx-tile") and features.get("amx-bf16") and torch.cpu._init_amx())
-
-
-def memory_of(packed: torch.Tensor, weight_OI: torch.Tensor) -> Any:
-    """The numbers of a matrix that oneDNN has packed; None unless they lie as `in_blocks` has them.
-
-    How oneDNN lays weights out is its own business, so it is looked at: the first and the last block.
-    """
-    outputs, inputs = weight_OI.shape
-    if outputs % BLOCK or inputs % DEPTH or torch.ops.mkldnn._nbytes(packed) != 2 * weight_OI.numel():
-        return None
-    address = torch.ops.mkldnn.data_ptr(packed)
-    numbers = np.ctypeslib.as_array((ctypes.c_uint16 * weight_OI.numel()).from_address(address))
-    first, last = (in_blocks(part).numpy() for part in (weight_OI[:BLOCK], weight_OI[-BLOCK:]))
-    lies_so = np.array_equal(numbers[: first.size], first) and np.array_equal(numbers[-last.size :], last)
-    return numbers if lies_so else None
-
-
-def in_blocks(weight_OI: torch.Tensor) -> torch.Tensor:
-    """Weights as the loops of `amx_products` read them: all inputs of 32 outputs, then of the next 32.
-
-    Within a block two inputs of an output are neighbours, as the instruction wants them.
-    """
-    outputs, inputs = weight_OI.shape
-    parts = weight_OI.contiguous().view(torch.uint16).view(outputs // BLOCK, BLOCK, inputs // DEPTH, DEPTH // 2, 2)
-    return parts.permute(0, 2, 3, 1, 4).reshape(-1)
 
 
 @cache
@@ -136,15 +107,3 @@ load_4, load_5, load_6, load_7 = (_moving("tileloadd64", number) for number in r
 add_0_of_4_6, add_1_of_4_7, add_2_of_4_6, add_3_of_4_7, add_2_of_5_6, add_3_of_5_7 = (
     _on_tiles("tdpbf16ps", *numbers) for numbers in ((0, 4, 6), (1, 4, 7), (2, 4, 6), (3, 4, 7), (2, 5, 6), (3, 5, 7))
 )
-
-
-@intrinsic
-def fetch_row(_context: Any, array: Any, place: Any) -> Any:
-    """Have the processor fetch the cache line of an element. It may lie outside the array."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        address = address_in(context, builder, signature.args[0], arguments[0], arguments[1])
-        prefetch_at(builder, address)
-        return context.get_dummy_value()
-
-    return types.none(array, int64), generate

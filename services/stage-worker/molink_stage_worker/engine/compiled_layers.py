@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from molink_stage_worker.engine import amx_attention, amx_tiles, kernels
+from molink_stage_worker.engine import bf16_attention, bf16_unit, kernels
 from molink_stage_worker.engine.attention import Kind, PagedStep, attend, attend_chunks
 from molink_stage_worker.engine.kv_store import LayerStore
 from molink_stage_worker.engine.lean_layers import LeanLayer, Rotation
@@ -55,13 +55,13 @@ class CompiledLayer(LeanLayer):
         self.norm_weights = tuple(self._weights.get(norm, _NOTHING) for norm in norms)
         """Before attention, after it, of queries, of keys; empty where there is none."""
         self.epsilon = norms[0].variance_epsilon
-        self._fits_tiles = norms[0].weight.dtype is torch.bfloat16 and amx_attention.are_possible()
+        self._is_bf16 = norms[0].weight.dtype is torch.bfloat16 and bf16_attention.is_ready()
 
-    def attends_in_tiles(self, block_size: int) -> bool:
-        """Whether attention over blocks of that size may be computed on AMX tiles, by the one thread that there is."""
+    def attends_in_bf16(self, block_size: int) -> bool:
+        """Whether attention over blocks of that size may be left to `bf16_attention`, which has one thread."""
         group = self.num_queries // self.num_keys
-        comes_out_even = amx_attention.can_attend(head_size=self.head_size, group=group, block_size=block_size)
-        return self._fits_tiles and comes_out_even and torch.get_num_threads() == 1
+        comes_out_even = bf16_attention.can_attend(head_size=self.head_size, group=group, block_size=block_size)
+        return self._is_bf16 and comes_out_even and torch.get_num_threads() == 1
 
     def angles_of(self, angles: tuple[torch.Tensor, torch.Tensor]) -> tuple[Any, Any]:
         """Cosines and sines of a step's positions as arrays ``[T, F]``."""
@@ -81,8 +81,8 @@ class CompiledLayer(LeanLayer):
         weights = (*self.norm_weights[2:], self.epsilon)
         kernels.rotate_and_store(kernels.array_of(rows_TW), cos_TF, sin_TF, *weights, plan.slots, *store.arrays)
         found_TI = rows_TW.new_empty(rows_TW.shape[0], self.num_queries * self.head_size)
-        if self.attends_in_tiles(plan.block_size):
-            self._attend_in_tiles(rows_TW, plan, store, found_TI)
+        if self.attends_in_bf16(plan.block_size):
+            self._attend_in_bf16(rows_TW, plan, store, found_TI)
         elif torch.get_num_threads() > 1 and plan.token_reads().num_keys > _KEYS_FOR_ONE_THREAD:
             reads = plan.reads(self.sliding_window)
             return attend(*self._parts(rows_TW), store, reads, Kind(self.scaling)).reshape(found_TI.shape)
@@ -90,12 +90,10 @@ class CompiledLayer(LeanLayer):
             self._attend_in_loops(rows_TW, plan, store, found_TI)
         return found_TI
 
-    def _attend_in_tiles(
-        self, rows_TW: torch.Tensor, plan: StepPlan, store: LayerStore, found_TI: torch.Tensor
-    ) -> None:
+    def _attend_in_bf16(self, rows_TW: torch.Tensor, plan: StepPlan, store: LayerStore, found_TI: torch.Tensor) -> None:
         spans = plan.span_reads()
-        amx_attention.attend(
-            amx_tiles.configurations(), kernels.array_of(rows_TW),
+        bf16_attention.attend(
+            bf16_unit.configurations(), kernels.array_of(rows_TW),
             spans.firsts_B, spans.counts_B, spans.starts_B, spans.tables_B, spans.slots_N,
             self.sliding_window or kernels.SEES_ALL, self.scaling, *store.arrays, kernels.array_of(found_TI),
         )  # fmt: skip

@@ -60,12 +60,12 @@ _bfloat16_of = _written_down(instructions.rounded, uint16, float32)
 _float_of = _written_down(instructions.widened, float32, uint16)
 
 
-def prefetch_at(builder: Any, address: Any) -> None:
-    """Write down that the cache line of an address is to be fetched, for reading and to be kept near."""
+def prefetch_at(builder: Any, address: Any, *, is_near: bool = True) -> None:
+    """Write down that the cache line of an address is to be fetched, into the nearest cache or the next one."""
     word = ir.IntType(32)
     function_type = ir.FunctionType(ir.VoidType(), [address.type, word, word, word])
     function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
-    builder.call(function, [address, word(0), word(3), word(1)])
+    builder.call(function, [address, word(0), word(3 if is_near else 2), word(1)])
 
 
 @intrinsic

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from molink_stage_worker.engine import amx_layers, amx_tiles, kernels
-from molink_stage_worker.engine.amx_layers import Column
-from molink_stage_worker.engine.amx_products import MOST_ROWS
+from molink_stage_worker.engine import bf16_layers, bf16_unit, kernels
 from molink_stage_worker.engine.attention import PagedStep
+from molink_stage_worker.engine.bf16_layers import Column
+from molink_stage_worker.engine.bf16_unit import MOST_ROWS
 from molink_stage_worker.engine.compiled_layers import CompiledLayer
 from molink_stage_worker.engine.kv_store import KvStore
 from molink_stage_worker.engine.projections import PackedProjection
@@ -43,7 +43,7 @@ class LayerStack(nn.Module):
     ) -> torch.Tensor:
         """``[1, T, H]`` to ``[1, T, H]``, as all layers one after the other."""
         plan = paged.plan
-        if plan.num_tokens > MOST_ROWS or not self._compiled[0].attends_in_tiles(plan.block_size):
+        if plan.num_tokens > MOST_ROWS or not self._compiled[0].attends_in_bf16(plan.block_size):
             for layer in self._compiled:
                 hidden_states = layer(hidden_states, paged=paged, position_embeddings=position_embeddings, **others)
             return hidden_states
@@ -58,8 +58,8 @@ class LayerStack(nn.Module):
         first, plan, store, spans = self._compiled[0], paged.plan, paged.store, paged.plan.span_reads()
         rows_TW = hidden_TH.new_empty(plan.num_tokens, (first.num_queries + 2 * first.num_keys) * first.head_size)
         cleared = _NO_BLOCKS if plan.blocks_to_clear is None else plan.blocks_to_clear.numpy()
-        amx_layers.layers(
-            amx_tiles.configurations(), self._table_LC, kernels.array_of(hidden_TH), first.epsilon, *angles,
+        bf16_layers.layers(
+            bf16_unit.configurations(), self._table_LC, kernels.array_of(hidden_TH), first.epsilon, *angles,
             plan.slots, cleared, plan.block_size, first.num_keys, first.head_size,
             store.num_blocks * store.block_size, kernels.array_of(rows_TW),
             spans.firsts_B, spans.counts_B, spans.starts_B, spans.tables_B, spans.slots_N,
@@ -76,13 +76,13 @@ class LayerStack(nn.Module):
 
 
 def can_stack(layers: Sequence[nn.Module]) -> bool:
-    """Whether there are layers, all of them compiled and alike, with their weights in tiles that are here."""
+    """Whether there are layers, all of them compiled and alike, with their weights where the loops can read them."""
     compiled = [layer for layer in layers if isinstance(layer, CompiledLayer)]
     if not compiled or len(compiled) < len(layers) or len({_shape(layer) for layer in compiled}) > 1:
         return False
     weights = [one for layer in compiled for one in _projections(layer)]
-    return all(isinstance(one, PackedProjection) and one.in_tiles is not None for one in weights) and (
-        amx_layers.are_possible()
+    return all(isinstance(one, PackedProjection) and one.in_blocks is not None for one in weights) and (
+        bf16_layers.are_ready()
     )
 
 
@@ -97,7 +97,7 @@ def _shape(layer: CompiledLayer) -> tuple[Any, ...]:
 def _row(layer: CompiledLayer) -> list[int]:
     row = [0] * len(Column)
     for place, projection in enumerate(_projections(layer)):
-        row[Column.QUERY_KEY_VALUE + place] = projection.in_tiles.ctypes.data
+        row[Column.QUERY_KEY_VALUE + place] = projection.in_blocks.ctypes.data
         row[Column.QUERY_KEY_VALUE_BIAS + place] = _address(projection.bias)
     for place, weight in enumerate(layer.norm_weights):
         row[Column.INPUT_NORM + place] = _address(weight)

@@ -17,8 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from molink_stage_worker.engine.amx_products import MOST_ROWS, are_possible, product
-from molink_stage_worker.engine.amx_tiles import memory_of
+from molink_stage_worker.engine.bf16_unit import MOST_ROWS, is_ready, memory_of, product
 
 _NO_BIAS = np.empty(0, np.float32)
 _BATCH_HINT = 16
@@ -78,18 +77,18 @@ class PackedProjection(nn.Module):
         self._bias = None if bias_O is None else bias_O.detach().clone()
         self.bias = _NO_BIAS if bias_O is None else bias_O.detach().float().numpy().copy()
         """In float32; empty if there is none."""
-        is_for_tiles = weight_OI.dtype is torch.bfloat16 and are_possible()
-        self.in_tiles = memory_of(self._packed, weight_OI) if is_for_tiles else None
-        """The packed weights for `amx_products`; None where they cannot be used."""
+        is_for_loops = weight_OI.dtype is torch.bfloat16 and is_ready()
+        self.in_blocks = memory_of(self._packed, weight_OI) if is_for_loops else None
+        """The packed weights for the loops of `bf16_unit`; None where they cannot be used."""
         self._run = torch.ops.mkldnn._linear_pointwise.default
         self._run_binary = torch.ops.mkldnn._linear_pointwise.binary
 
     def forward(self, x_TI: torch.Tensor) -> torch.Tensor:
         """See `Projection.__call__`."""
         rows = x_TI.numel() // x_TI.shape[-1]
-        if self.in_tiles is not None and 0 < rows <= MOST_ROWS and torch.get_num_threads() == 1:
+        if self.in_blocks is not None and 0 < rows <= MOST_ROWS and torch.get_num_threads() == 1:
             out_TO = x_TI.new_empty(rows, self.num_outputs)
-            product(x_TI.reshape(rows, -1).contiguous(), self.in_tiles, self.bias, out_TO)
+            product(x_TI.reshape(rows, -1).contiguous(), self.in_blocks, self.bias, out_TO)
             return out_TO.view(*x_TI.shape[:-1], self.num_outputs)
         return self._run(x_TI, self._packed, self._bias, "none", [], "")  # type: ignore[no-any-return]
 

@@ -91,7 +91,7 @@ class TokenReads:
 
 @dataclass(frozen=True, slots=True)
 class SpanReads:
-    """What attention on tiles reads (see `amx_attention.attend`): B spans, each the tokens of one sequence."""
+    """What attention in bfloat16 reads (see `bf16_attention.attend`): B spans, each the tokens of one sequence."""
 
     firsts_B: Any
     counts_B: Any

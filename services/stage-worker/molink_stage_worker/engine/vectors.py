@@ -13,6 +13,7 @@ from llvmlite import ir
 from numba import float32, int64, types
 from numba.extending import intrinsic
 
+from molink_stage_worker.engine.compiling import prefetch_at
 from molink_stage_worker.engine.instructions import call, constant, exponential, rounded, widened
 
 LANES = 16
@@ -142,6 +143,18 @@ def largest_of(_context: Any, scores: Any, at: Any, largest: Any) -> Any:
         return _folded(builder, builder.load(there, align=4), _larger, arguments[2])
 
     return float32(scores, int64, float32), generate
+
+
+@intrinsic
+def fetch_line(_context: Any, array: Any, place: Any) -> Any:
+    """Have the processor fetch the cache line of an element. It may lie outside the array."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address = address_in(context, builder, signature.args[0], arguments[0], arguments[1])
+        prefetch_at(builder, address)
+        return context.get_dummy_value()
+
+    return types.none(array, int64), generate
 
 
 def _splat(builder: Any, scalar: Any) -> Any:

@@ -1,4 +1,4 @@
-"""All layers of a stage as one compiled call on AMX tiles.
+"""All layers of a stage as one compiled call in bfloat16.
 
 A product streams its weights through the processor's cache and drives everything else out of it. Back in Python, the
 interpreter has to be fetched again line by line: some 40 µs after each call, eleven times a layer.
@@ -19,12 +19,12 @@ from llvmlite import ir
 from numba import float32, float64, int64, types, uint8, uint16
 from numba.extending import intrinsic
 
-from molink_stage_worker.engine import amx_attention, amx_products
-from molink_stage_worker.engine.amx_attention import attend
-from molink_stage_worker.engine.amx_products import Then, multiply
-from molink_stage_worker.engine.amx_tiles import ROWS
+from molink_stage_worker.engine import bf16_attention, bf16_unit
+from molink_stage_worker.engine.bf16_attention import attend
+from molink_stage_worker.engine.bf16_unit import ROWS, multiply
 from molink_stage_worker.engine.compiling import jit
 from molink_stage_worker.engine.kernels import norm, rotate_and_store
+from molink_stage_worker.engine.product_ends import Then
 
 
 class Column(IntEnum):
@@ -111,7 +111,7 @@ def _before_attention(  # noqa: PLR0917  numba takes no names
 ) -> None:
     """Queries, keys and values of the layer of row `own` into `rows_TW`, turned; keys and values into the store.
 
-    `cleared` are blocks to be emptied before. The rest is as `kernels` and `amx_products` take it.
+    `cleared` are blocks to be emptied before. The rest is as `kernels` and `bf16_unit` take it.
     """
     tokens, size = hidden_TH.shape
     width = rows_TW.shape[1]
@@ -181,7 +181,7 @@ def layers(  # noqa: PLR0917  numba takes no names
     scale: Any,
     inner: Any,
 ) -> None:
-    """Take `hidden_TH` through all layers, in place. `tiles` are `amx_tiles.configurations`."""
+    """Take `hidden_TH` through all layers, in place. `tiles` are `bf16_unit.configurations`."""
     tokens = hidden_TH.shape[0]
     found_TQ = np.empty((tokens, rows_TW.shape[1] - 2 * key_heads * head_size), np.uint16)
     of_products = tiles[min(tokens, ROWS)]
@@ -199,9 +199,9 @@ def layers(  # noqa: PLR0917  numba takes no names
 
 
 @cache
-def are_possible() -> bool:
-    """Whether this processor has what it takes. Compiles, some seconds."""
-    if not (amx_products.are_possible() and amx_attention.are_possible()):
+def are_ready() -> bool:
+    """Whether `layers` can be used. Compiles, some seconds."""
+    if not (bf16_unit.is_ready() and bf16_attention.is_ready()):
         return False
     integers, angles, rows = int64[::1], float32[:, ::1], uint16[:, ::1]
     before: Any = (angles, angles, integers, integers, int64, int64, int64, int64, rows)

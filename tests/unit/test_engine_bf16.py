@@ -1,4 +1,4 @@
-"""Small steps on AMX tiles compute what torch computes."""
+"""Small steps in bfloat16 compute what torch computes, by whatever this processor has for it."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from torch.nn.functional import linear, silu
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from molink_common.wire import Entry
-from molink_stage_worker.engine import amx_attention, amx_layers, amx_tiles, kernels, lean_model
-from molink_stage_worker.engine.amx_products import Then, multiply
+from molink_stage_worker.engine import bf16_attention, bf16_layers, bf16_unit, kernels, lean_model
 from molink_stage_worker.engine.attention import ATTENTION_NAME, PagedStep
+from molink_stage_worker.engine.bf16_unit import BLOCK, multiply
 from molink_stage_worker.engine.block_tables import BlockTables, Placement, Span
 from molink_stage_worker.engine.kv_store import KvStore
 from molink_stage_worker.engine.layer_stack import LayerStack
 from molink_stage_worker.engine.lean_model import make_lean
+from molink_stage_worker.engine.product_ends import Then
 from molink_stage_worker.engine.projections import PackedProjection
 from molink_stage_worker.engine.step_plan import StepPlan
 
-needs_tiles = pytest.mark.skipif(not amx_tiles.are_here(), reason="this processor has no AMX tiles")
+needs_unit = pytest.mark.skipif(not bf16_unit.is_here(), reason="this processor has nothing for bfloat16")
 NO_BIAS = np.empty(0, np.float32)
 
 
@@ -32,12 +33,12 @@ def bits(tensor: torch.Tensor) -> Any:
 def packed(weight_OI: torch.Tensor) -> tuple[torch.Tensor, Any]:
     """oneDNN's tensor, which owns the memory, and its numbers."""
     tensor = torch.ops.mkldnn._reorder_linear_weight(weight_OI, 16)
-    return tensor, amx_tiles.memory_of(tensor, weight_OI)
+    return tensor, bf16_unit.memory_of(tensor, weight_OI)
 
 
-@needs_tiles
+@needs_unit
 @pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 31, 32, 33, 63, 100])
-@pytest.mark.parametrize(("outputs", "inputs"), [(32, 32), (96, 64), (160, 96)])
+@pytest.mark.parametrize(("outputs", "inputs"), [(BLOCK, 32), (3 * BLOCK, 64), (5 * BLOCK, 96)])
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("then", list(Then))
 def test_a_product_and_what_follows(rows: int, outputs: int, inputs: int, with_bias: bool, then: Then) -> None:
@@ -47,8 +48,9 @@ def test_a_product_and_what_follows(rows: int, outputs: int, inputs: int, with_b
     bias = torch.randn(outputs) if with_bias else None
     _owner, numbers = packed(weight)
     multiply(
-        amx_tiles.configuration(min(rows, amx_tiles.ROWS)), bits(x), numbers, NO_BIAS if bias is None else bias.numpy(),
-        int(then), bits(other), (written := bits(out)), rows, inputs, outputs,
+        bf16_unit.configurations()[min(rows, bf16_unit.ROWS)], bits(x), numbers,
+        NO_BIAS if bias is None else bias.numpy(), int(then), bits(other), (written := bits(out)),
+        rows, inputs, outputs,
     )  # fmt: skip
     exact = linear(x.double(), weight.double(), None if bias is None else bias.double())
     exact = {
@@ -60,40 +62,40 @@ def test_a_product_and_what_follows(rows: int, outputs: int, inputs: int, with_b
     torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-4)
 
 
-@needs_tiles
+@needs_unit
 def test_a_token_does_not_depend_on_who_is_in_the_step() -> None:
     torch.manual_seed(1)
-    projection = PackedProjection(torch.randn(96, 64).bfloat16(), None)
+    projection = PackedProjection(torch.randn(3 * BLOCK, 64).bfloat16(), None)
     x = torch.randn(70, 64).bfloat16()
     together = projection(x)
     assert all(torch.equal(together[t], projection(x[t : t + 1])[0]) for t in range(70))
     assert torch.equal(together[:20], projection(x[:20]))
 
 
-@needs_tiles
+@needs_unit
 def test_nan_stays_nan_and_infinity_infinity() -> None:
     x = torch.ones(2, 32).bfloat16()
     x[0, 3], x[1, 5] = torch.nan, torch.inf
-    found = PackedProjection(torch.ones(32, 32).bfloat16(), None)(x)
+    found = PackedProjection(torch.ones(BLOCK, 32).bfloat16(), None)(x)
     assert found[0].isnan().all()
     assert found[1].isinf().all()
 
 
-@needs_tiles
-@pytest.mark.parametrize("shape", [(40, 32), (32, 40), (33, 32)])
+@needs_unit
+@pytest.mark.parametrize("shape", [(BLOCK + 8, 32), (BLOCK, 40), (BLOCK + 1, 32)])
 def test_other_shapes_are_left_to_onednn(shape: tuple[int, int]) -> None:
     weight = torch.randn(shape).bfloat16()
     projection = PackedProjection(weight, None)
-    assert projection.in_tiles is None
+    assert projection.in_blocks is None
     x = torch.randn(3, shape[1]).bfloat16()
     torch.testing.assert_close(projection(x), linear(x, weight), rtol=2e-2, atol=2e-2)
 
 
-@needs_tiles
+@needs_unit
 def test_weights_that_lie_otherwise_are_left_to_onednn() -> None:
     weight = torch.randn(64, 64).bfloat16()
     tensor, _numbers = packed(weight)
-    assert amx_tiles.memory_of(tensor, weight.flip(0)) is None
+    assert bf16_unit.memory_of(tensor, weight.flip(0)) is None
 
 
 class Step:
@@ -114,7 +116,7 @@ class Step:
         self.rows_TW = torch.randn(tokens, (group + 2) * key_heads * size).bfloat16()
 
     def found(self, window: int, spans: list[Span] | None = None) -> torch.Tensor:
-        """By the loops on tiles, of all spans or of these."""
+        """By the loops, of all spans or of these."""
         plan = StepPlan(
             Placement(tuple(self.spans if spans is None else spans), ()), block_size=self.block_size,
             device=torch.device("cpu"), dtype=torch.bfloat16,
@@ -122,9 +124,9 @@ class Step:
         reads = plan.span_reads()
         key_heads, _, size = self.keys_KSD.shape
         out_TQ = torch.full((len(self.rows_TW), self.group * key_heads * size), torch.nan).bfloat16()
-        assert amx_attention.are_possible()
-        amx_attention.attend(
-            amx_tiles.configurations(), kernels.array_of(self.rows_TW),
+        assert bf16_attention.is_ready()
+        bf16_attention.attend(
+            bf16_unit.configurations(), kernels.array_of(self.rows_TW),
             reads.firsts_B, reads.counts_B, reads.starts_B, reads.tables_B, reads.slots_N, window, 0.2,
             kernels.array_of(self.keys_KSD), kernels.array_of(self.values_KSD), kernels.array_of(out_TQ),
         )  # fmt: skip
@@ -146,19 +148,19 @@ class Step:
         return out_TND.view(len(self.rows_TW), -1)
 
 
-@needs_tiles
+@needs_unit
 @pytest.mark.parametrize("window", [kernels.SEES_ALL, 1, 15, 37, 64])
 @pytest.mark.parametrize(
     ("key_heads", "group", "size", "block_size"), [(3, 3, 64, 16), (1, 8, 32, 32), (2, 1, 96, 16), (1, 16, 128, 48)]
 )
-def test_attention_on_tiles_is_attention(window: int, key_heads: int, group: int, size: int, block_size: int) -> None:
+def test_attention_is_attention(window: int, key_heads: int, group: int, size: int, block_size: int) -> None:
     torch.manual_seed(size + block_size)
     spans = [(0, 1), (50, 1), (0, 5), (70, 20), (31, 1), (16, 33), (127, 2), (0, 16), (300, 1)]
     step = Step(spans, key_heads=key_heads, group=group, size=size, block_size=block_size)
     torch.testing.assert_close(step.found(window).double(), step.exact(window), rtol=0.02, atol=0.015)
 
 
-@needs_tiles
+@needs_unit
 @pytest.mark.parametrize("window", [kernels.SEES_ALL, 20])
 def test_attention_does_not_depend_on_the_step_nor_on_how_a_prompt_is_cut(window: int) -> None:
     torch.manual_seed(7)
@@ -175,7 +177,7 @@ def test_attention_does_not_depend_on_the_step_nor_on_how_a_prompt_is_cut(window
             assert torch.equal(step.found(window, parts)[rows], together[rows]), cut
 
 
-@needs_tiles
+@needs_unit
 def test_attention_does_not_see_what_is_behind_a_token() -> None:
     """Whatever keys others left there; their values are finite, as blocks are cleared when they are given out."""
     torch.manual_seed(8)
@@ -188,8 +190,8 @@ def test_attention_does_not_see_what_is_behind_a_token() -> None:
 
 
 SIZES: dict[str, Any] = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 96, "head_dim": 32,
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 128, "head_dim": 32,
 }  # fmt: skip
 MODELS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
@@ -219,9 +221,9 @@ def hidden_after_steps(model: Any, steps: list[list[Entry]], block_size: int) ->
     return found
 
 
-@needs_tiles
+@needs_unit
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("block_size", [16, 4])  # blocks of 4 do not come out even in tiles
+@pytest.mark.parametrize("block_size", [16, 4])  # blocks of 4 are smaller than a stretch
 def test_a_stack_computes_what_its_layers_compute(name: str, block_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
     blocks = {0: (0, 1, 2, 3), 1: (4, 5, 6, 7), 2: (20, 9, 30, 11)}
@@ -240,7 +242,7 @@ def test_a_stack_computes_what_its_layers_compute(name: str, block_size: int, mo
         with monkeypatch.context() as patch:
             if not stacked:
                 patch.setattr(lean_model, "can_stack", lambda _layers: False)
-                patch.setattr(amx_attention, "are_possible", lambda: False)
+                patch.setattr(bf16_attention, "is_ready", lambda: False)
             make_lean(model)
         assert isinstance(model.base_model.layers[0], LayerStack) is stacked
         found.append(hidden_after_steps(model, steps, block_size))
@@ -248,14 +250,14 @@ def test_a_stack_computes_what_its_layers_compute(name: str, block_size: int, mo
         torch.testing.assert_close(ours, theirs, rtol=0.03, atol=0.03)
 
 
-@needs_tiles
+@needs_unit
 def test_no_step_compiles() -> None:
     """All is compiled when a model is loaded: what a step asks for has been there."""
     torch.manual_seed(3)
     model = MODELS["qwen3"]().bfloat16().eval()
     model.set_attn_implementation(ATTENTION_NAME)
     make_lean(model)
-    loops = (amx_layers.layers, amx_attention.attend, multiply)
+    loops = (bf16_layers.layers, bf16_attention.attend, multiply)
     compiled = [list(loop.signatures) for loop in loops]
     entries = [Entry(sequence=0, start=0, count=20, opens=True, new_blocks=tuple(range(8)))]
     hidden = hidden_after_steps(model, [entries, [Entry(sequence=0, start=20, count=1)]], 16)[-1]

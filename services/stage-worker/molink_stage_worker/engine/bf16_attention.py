@@ -1,8 +1,8 @@
-"""Attention of a step on AMX tiles, over the paged store: decode tokens and prompts' chunks alike.
+"""Attention of a step in bfloat16, over the paged store: decode tokens and prompts' chunks alike.
 
-A stretch of 16 keys is turned, and pairs of values are laid side by side, as the tiles' instruction wants them: once
-for all queries that see them. Then scores and sums are products of tiles. The weights between are rounded to bfloat16,
-as torch's fused kernel does; the softmax itself is float32.
+A stretch of 16 keys is turned, and pairs of values are laid side by side, as a processor's `bf16_unit` wants them: once
+for all queries that see them. Then scores and sums are products for up to 16 queries at a time, a *tile*. The weights
+between are rounded to bfloat16, as torch's fused kernel does; the softmax itself is float32.
 
 A token's result is the same whoever else is in the step, and however its prompt was cut: keys are taken in stretches
 that begin at multiples of 32, each row has its own softmax, and what a row does not see counts exactly nothing.
@@ -20,33 +20,17 @@ from llvmlite import ir
 from numba import float32, float64, int64, types, uint8, uint16, uint32
 from numba.extending import intrinsic
 
-from molink_stage_worker.engine.amx_tiles import (
-    DEPTH,
-    ROW_BYTES,
-    ROWS,
-    add_0_of_4_6,
-    add_1_of_4_7,
-    add_2_of_4_6,
-    add_3_of_4_7,
-    are_here,
-    clear_0,
-    clear_1,
-    clear_2,
-    clear_3,
-    configure,
-    fetch_row,
-    load_4,
-    load_6,
-    load_7,
-    release,
-    store_0,
-    store_1,
-    store_2,
-    store_3,
-)
+from molink_stage_worker.engine.bf16_unit import DEPTH, ROWS, add_up, configure, is_here, release, score
 from molink_stage_worker.engine.compiling import jit
 from molink_stage_worker.engine.step_plan import KEYS_OF_A_STRETCH as KEYS
-from molink_stage_worker.engine.vectors import address_in, largest_of, write_pairs, write_scaled, write_weights
+from molink_stage_worker.engine.vectors import (
+    address_in,
+    fetch_line,
+    largest_of,
+    write_pairs,
+    write_scaled,
+    write_weights,
+)
 
 _TILE_WORDS = 256
 _TILES_AT_ONCE = 4
@@ -62,9 +46,9 @@ def can_attend(*, head_size: int, group: int, block_size: int) -> bool:
 
 
 @cache
-def are_possible() -> bool:
-    """Whether this processor has what it takes. Compiles, some seconds."""
-    if not are_here():
+def is_ready() -> bool:
+    """Whether `attend` can be used. Compiles, some seconds."""
+    if not is_here():
         return False
     integers, rows, store = int64[::1], uint16[:, ::1], uint16[:, :, ::1]
     attend.compile((uint8[:, ::1], rows, *(integers,) * 5, int64, float64, store, store, rows))
@@ -106,7 +90,7 @@ def _turn(_context: Any, numbers: Any, place: Any, apart: Any, words: Any, there
 
 @jit
 def _lay_out(keys: Any, values: Any, at: Any, key_words: Any, value_words: Any, stretch: Any, size: Any) -> None:
-    """The keys and values of a stretch, which begin at number `at`, for the tiles."""
+    """The keys and values of a stretch, which begin at number `at`, for the products."""
     parts = size // DEPTH
     for part in range(parts):
         _turn(keys, at + part * DEPTH, size, key_words, (stretch * parts + part) * _TILE_WORDS)
@@ -115,35 +99,6 @@ def _lay_out(keys: Any, values: Any, at: Any, key_words: Any, value_words: Any, 
         one = at + 2 * pair * size
         for i in range(0, size, KEYS):
             write_pairs(values, one + i, one + size + i, value_words, to + pair * size + i)
-
-
-@jit
-def _score(
-    rows: Any, first: Any, apart: Any, key_words: Any, num_stretches: Any, parts: Any, scores: Any, width: Any
-) -> None:
-    """Scores, not scaled yet, of a tile of queries, which begin at number `first` and lie `apart`."""
-    step = parts * _TILE_WORDS
-    for stretch in range(0, num_stretches, _TILES_AT_ONCE):
-        clear_0()
-        clear_1()
-        clear_2()
-        clear_3()
-        for part in range(parts):
-            at = stretch * step + part * _TILE_WORDS
-            load_4(rows, first + part * DEPTH, 2 * apart)
-            load_6(key_words, at, ROW_BYTES)
-            add_0_of_4_6()
-            load_7(key_words, at + step, ROW_BYTES)
-            add_1_of_4_7()
-            load_6(key_words, at + 2 * step, ROW_BYTES)
-            add_2_of_4_6()
-            load_7(key_words, at + 3 * step, ROW_BYTES)
-            add_3_of_4_7()
-        to = stretch * KEYS
-        store_0(scores, to, 4 * width)
-        store_1(scores, to + KEYS, 4 * width)
-        store_2(scores, to + 2 * KEYS, 4 * width)
-        store_3(scores, to + 3 * KEYS, 4 * width)
 
 
 @jit
@@ -171,25 +126,8 @@ def _weigh(scores: Any, begin: Any, low: Any, high: Any, end: Any, scale: Any, w
 
 
 @jit
-def _add_up(weights: Any, width: Any, value_words: Any, num_stretches: Any, size: Any, sums: Any) -> None:
-    """Of a tile of rows, the values by their weights."""
-    for column in range(0, size, DEPTH):
-        clear_0()
-        clear_1()
-        for stretch in range(0, num_stretches, 2):
-            at = stretch * (KEYS // 2) * size + column
-            load_4(weights, stretch * KEYS, 2 * width)
-            load_6(value_words, at, 4 * size)
-            add_0_of_4_6()
-            load_7(value_words, at + KEYS, 4 * size)
-            add_1_of_4_7()
-        store_0(sums, column, 4 * size)
-        store_1(sums, column + KEYS, 4 * size)
-
-
-@jit
 def _first_key(start: Any, window: Any) -> Any:
-    """Where the keys that a span looks at begin: even for the tiles."""
+    """Where the keys that a span looks at begin: even, in pairs of stretches."""
     return max(start + 1 - window, 0) & -(2 * KEYS)
 
 
@@ -197,8 +135,8 @@ def _first_key(start: Any, window: Any) -> Any:
 def _fetch(keys: Any, values: Any, at: Any, size: Any) -> None:
     """Have a stretch fetched, keys and values."""
     for line in range(0, KEYS * size, _LINE_NUMBERS):
-        fetch_row(keys, at + line)
-        fetch_row(values, at + line)
+        fetch_line(keys, at + line)
+        fetch_line(values, at + line)
 
 
 @jit
@@ -216,12 +154,12 @@ def _attend_tile(
     scores, weights, shares, sums = room
     stretches = (sees_to + (num_rows - 1) * further - begin + KEYS - 1) // KEYS
     end = (stretches + 1) // 2 * 2 * KEYS
-    _score(rows, place, apart, key_words, stretches, size // DEPTH, scores, row_width)
+    score(rows, place, apart, num_rows, key_words, stretches, size, scores, row_width)
     for row in range(num_rows):
         high = sees_to + row * further
         low = max(high - window, begin)
         shares[row] = _weigh(scores, row * row_width, low - begin, high - begin, end, scale, weights)
-    _add_up(weights, row_width, value_words, stretches, size, sums)
+    add_up(weights, row_width, num_rows, value_words, end // KEYS, size, sums)
     for row in range(num_rows):
         for i in range(0, size, KEYS):
             write_scaled(sums, row * size + i, shares[row], outs, out + row * out_apart + i)
@@ -246,7 +184,7 @@ def attend(
 
     A span is `counts_B` tokens from row `firsts_B` on, the first of them at position `starts_B`, each of which looks
     back on `window` keys, its own included. Where each 16 keys of its sequence lie is in `slots_N`, from `tables_B` on.
-    `tiles` are `amx_tiles.configurations`.
+    `tiles` are `bf16_unit.configurations`.
     """
     key_heads, num_slots, size = keys_KSD.shape
     width, out_width = rows_TW.shape[1], out_TQ.shape[1]

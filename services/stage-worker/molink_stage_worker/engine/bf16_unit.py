@@ -1,0 +1,104 @@
+"""What multiplies bfloat16 on this processor: AMX tiles, else dot products of pairs, else nothing that loops can use.
+
+Both have the same functions; which ones they are is settled when this module is loaded. Weights are read where oneDNN
+has laid them out, so nothing is held twice. How it does that is its own business, so it is looked at for every matrix.
+
+Shapes: T tokens, I inputs, O outputs. bfloat16 as the integers of their bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numba import float32, int64, uint8, uint16
+
+from molink_stage_worker.engine import amx_products, amx_tiles, dot_products, dots
+from molink_stage_worker.engine.compiling import jit
+from molink_stage_worker.engine.product_ends import Then
+
+MOST_ROWS = 256
+"""More than that oneDNN computes as fast, or faster: 512 take it 126 ms on tiles where the loops here need 163."""
+ROWS = amx_tiles.ROWS
+"""Queries that attention takes at a time."""
+DEPTH = amx_tiles.DEPTH
+"""What inputs, and the numbers of a head, come in."""
+
+_HAS_TILES = amx_tiles.are_here()
+BLOCK = amx_tiles.BLOCK if _HAS_TILES else dot_products.BLOCK
+"""Outputs that lie side by side."""
+
+
+@jit
+def _configure_nothing(_configuration: Any) -> None:
+    pass
+
+
+@jit
+def _release_nothing() -> None:
+    pass
+
+
+multiply = amx_products.multiply if _HAS_TILES else dot_products.multiply
+score = amx_products.score if _HAS_TILES else dot_products.score
+add_up = amx_products.add_up if _HAS_TILES else dot_products.add_up
+configure = amx_tiles.configure if _HAS_TILES else _configure_nothing
+"""Before `score` and `add_up`: the one of `configurations` for their number of rows."""
+release = amx_tiles.release if _HAS_TILES else _release_nothing
+"""After them."""
+configurations = amx_tiles.configurations
+
+
+@cache
+def is_here() -> bool:
+    """Whether this processor has either."""
+    return _HAS_TILES or dots.are_here()
+
+
+@cache
+def is_ready() -> bool:
+    """Whether `product` can be used. Compiles, some seconds: not to be done by the first step."""
+    if not is_here():
+        return False
+    numbers = uint16[::1]
+    multiply.compile((uint8[::1], numbers, numbers, float32[::1], int64, numbers, numbers, int64, int64, int64))
+    return True
+
+
+def product(x_TI: torch.Tensor, weights: Any, bias_O: Any, out_TO: torch.Tensor) -> None:
+    """``x W^T + bias`` into `out_TO`, for 1 to `MOST_ROWS` tokens. Tensors lie row after row, without gaps.
+
+    `weights` are those of `memory_of`; an empty bias, in float32, is none.
+    """
+    tokens, inputs = x_TI.shape
+    x, out = (tensor.view(torch.uint16).numpy().reshape(-1) for tensor in (x_TI, out_TO))
+    configuration = amx_tiles.configuration(min(tokens, ROWS))
+    multiply(configuration, x, weights, bias_O, int(Then.NOTHING), out, out, tokens, inputs, out_TO.shape[1])
+
+
+def memory_of(packed: torch.Tensor, weight_OI: torch.Tensor) -> Any:
+    """The numbers of a matrix that oneDNN has packed; None unless they lie as `in_blocks` has them.
+
+    The first and the last block are looked at.
+    """
+    outputs, inputs = weight_OI.shape
+    if outputs % BLOCK or inputs % DEPTH or torch.ops.mkldnn._nbytes(packed) != 2 * weight_OI.numel():
+        return None
+    address = torch.ops.mkldnn.data_ptr(packed)
+    numbers = np.ctypeslib.as_array((ctypes.c_uint16 * weight_OI.numel()).from_address(address))
+    first, last = (in_blocks(part).numpy() for part in (weight_OI[:BLOCK], weight_OI[-BLOCK:]))
+    lies_so = np.array_equal(numbers[: first.size], first) and np.array_equal(numbers[-last.size :], last)
+    return numbers if lies_so else None
+
+
+def in_blocks(weight_OI: torch.Tensor) -> torch.Tensor:
+    """Weights as the loops read them: all inputs of a block of outputs, then of the next block.
+
+    Within a block two inputs of an output are neighbours, as the instructions want them.
+    """
+    outputs, inputs = weight_OI.shape
+    parts = weight_OI.contiguous().view(torch.uint16).view(outputs // BLOCK, BLOCK, inputs // 2, 2)
+    return parts.permute(0, 2, 1, 3).reshape(-1)

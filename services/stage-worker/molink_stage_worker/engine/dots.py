@@ -1,0 +1,116 @@
+"""Dot products of pairs of bfloat16 (AVX-512 BF16: AMD since Zen 4, some of Intel's) for compiled loops.
+
+One instruction, VDPBF16PS, adds to each of 16 sums in float32 the products of two activations with two weights
+(Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2). A *vector* is 16 pairs of weights side by
+side, 64 bytes; the same two activations meet all of them. What is written down here keeps all sums of up to six rows
+in registers from the first pair to the last.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import binding, ir
+from numba import int64, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from molink_stage_worker.engine.compiling import prefetch_at
+from molink_stage_worker.engine.vectors import LANES, address_in
+
+MOST_ROWS = 6
+"""Four vectors of sums for each, four of weights and one of activations: 29 of the 32 registers."""
+VECTOR_BYTES = 64
+_FLOATS = ir.VectorType(ir.FloatType(), LANES)
+_PAIRS = ir.VectorType(ir.IntType(32), LANES)
+_PLACE = ir.IntType(64)
+
+
+def are_here() -> bool:
+    """Whether this processor has the instruction."""
+    features = binding.get_host_cpu_features()
+    return bool(features.get("avx512f") and features.get("avx512bf16"))
+
+
+def _dots(num_vectors: int, *, fetches: bool) -> Any:
+    """An intrinsic: sums of 1 to 6 rows of activations with so many vectors of weights, over all `pairs`.
+
+    Rows of activations lie `x_apart` numbers apart, vectors of weights `vectors_apart` bytes, those of the next pair
+    `pairs_apart` bytes, rows of sums `sums_apart` numbers. With `fetches`, as many cache lines as there are vectors
+    are fetched every `fetch_every` pairs, from number `fetch_at` of the weights on.
+    """
+
+    @intrinsic
+    def dots(  # noqa: PLR0917  numba takes no names
+        _context: Any, num_rows: Any, x: Any, x_at: Any, x_apart: Any, weights: Any, weights_at: Any,
+        vectors_apart: Any, pairs_apart: Any, pairs: Any, fetch_at: Any, fetch_every: Any,
+        sums: Any, sums_at: Any, sums_apart: Any,
+    ) -> Any:  # fmt: skip
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            for count in range(1, MOST_ROWS + 1):
+                with builder.if_then(builder.icmp_signed("==", arguments[0], _PLACE(count))):
+                    _of_rows(count, num_vectors, fetches, context, builder, signature.args[1:], arguments[1:])
+            return context.get_dummy_value()
+
+        return types.none(int64, x, int64, int64, weights, *(int64,) * 6, sums, int64, int64), generate
+
+    return dots
+
+
+def _of_rows(
+    num_rows: int, num_vectors: int, fetches: bool, context: Any, builder: Any, kinds: Any, arguments: Any
+) -> None:  # fmt: skip
+    (x, x_at, x_apart, weights, weights_at, vectors_apart, pairs_apart, pairs,
+     fetch_at, fetch_every, sums, sums_at, sums_apart) = arguments  # fmt: skip
+    x_kind, weights_kind, sums_kind = kinds[0], kinds[3], kinds[10]
+    function_type = ir.FunctionType(_FLOATS, [_FLOATS, _PAIRS, _PAIRS])
+    add = cgutils.get_or_insert_function(builder.module, function_type, "llvm.x86.avx512bf16.dpbf16ps.512")
+
+    def row_at(kind: Any, array: Any, at: Any, apart: Any, row: int) -> Any:
+        return address_in(context, builder, kind, array, builder.add(at, builder.mul(apart, _PLACE(row))))
+
+    rows = [row_at(x_kind, x, x_at, x_apart, row) for row in range(num_rows)]
+    first = address_in(context, builder, weights_kind, weights, weights_at)
+    far = address_in(context, builder, weights_kind, weights, fetch_at)
+    zero = ir.Constant(_FLOATS, [0.0] * LANES)
+    # LLVM makes registers of them
+    kept = [[cgutils.alloca_once(builder, _FLOATS) for _ in range(num_vectors)] for _ in range(num_rows)]
+    fetched, wait = (cgutils.alloca_once(builder, _PLACE) for _ in range(2))
+    for place in (fetched, wait):
+        builder.store(_PLACE(0), place)
+    for kept_V in kept:
+        for sum_ in kept_V:
+            builder.store(zero, sum_)
+    with cgutils.for_range(builder, pairs) as loop:
+        if fetches:
+            with builder.if_then(builder.icmp_signed("==", builder.load(wait), _PLACE(0))):
+                line = builder.load(fetched)
+                for _ in range(num_vectors):
+                    prefetch_at(builder, builder.gep(far, [line]), is_near=False)
+                    line = builder.add(line, _PLACE(VECTOR_BYTES))
+                builder.store(line, fetched)
+                builder.store(fetch_every, wait)
+            builder.store(builder.sub(builder.load(wait), _PLACE(1)), wait)
+        at = builder.mul(loop.index, pairs_apart)
+        vectors = []
+        for _ in range(num_vectors):
+            vectors.append(builder.load(builder.bitcast(builder.gep(first, [at]), _PAIRS.as_pointer()), align=4))
+            at = builder.add(at, vectors_apart)
+        for row, kept_V in zip(rows, kept, strict=True):
+            pair = builder.gep(row, [builder.mul(loop.index, _PLACE(4))])
+            pair = builder.load(builder.bitcast(pair, ir.IntType(32).as_pointer()), align=2)
+            one = builder.insert_element(ir.Constant(_PAIRS, ir.Undefined), pair, ir.IntType(32)(0))
+            everywhere = builder.shuffle_vector(one, one, ir.Constant(_PAIRS, [0] * LANES))
+            for sum_, vector in zip(kept_V, vectors, strict=True):
+                builder.store(builder.call(add, [builder.load(sum_), everywhere, vector]), sum_)
+    for row, kept_V in enumerate(kept):
+        to = row_at(sums_kind, sums, sums_at, sums_apart, row)
+        for vector, sum_ in enumerate(kept_V):
+            address = builder.bitcast(builder.gep(to, [_PLACE(VECTOR_BYTES * vector)]), _FLOATS.as_pointer())
+            builder.store(builder.load(sum_), address, align=4)
+
+
+stream_4 = _dots(4, fetches=True)
+"""Of four vectors, while what is needed later is fetched."""
+dots_4 = _dots(4, fetches=False)
+dots_2 = _dots(2, fetches=False)
