@@ -59,7 +59,8 @@ def _dots(num_vectors: int, *, fetches: bool) -> Any:
 
 def _of_rows(
     num_rows: int, num_vectors: int, fetches: bool, context: Any, builder: Any, kinds: Any, arguments: Any
-) -> None:  # fmt: skip
+) -> None:
+    """Write the sums of that many rows down; `arguments`, of `kinds`, are those of the intrinsic."""
     (x, x_at, x_apart, weights, weights_at, vectors_apart, pairs_apart, pairs,
      fetch_at, fetch_every, sums, sums_at, sums_apart) = arguments  # fmt: skip
     x_kind, weights_kind, sums_kind = kinds[0], kinds[3], kinds[10]
