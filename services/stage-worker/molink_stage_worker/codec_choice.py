@@ -42,6 +42,7 @@ class CodecChoice:
         self._rate_bytes_per_s: float | None = None
         self._costs: dict[int, _Cost] = {}
         self._hidden_bytes = self._link_bytes = 0.0
+        self._share_left = 1.0
         self._latest = Codec.RAW if self._fixed is None else self._fixed
 
     @property
@@ -52,7 +53,7 @@ class CodecChoice:
     @property
     def share_left(self) -> float:
         """Bytes on the link for each byte of hidden states, lately."""
-        return self._link_bytes / self._hidden_bytes if self._hidden_bytes else 1.0
+        return self._share_left
 
     def on_rate(self, rate_bytes_per_s: float | None) -> None:
         """What the link carries. None: it was not busy enough to tell, so what it carried last is taken to hold."""
@@ -68,6 +69,7 @@ class CodecChoice:
         """How it went with the codec that `next` gave. `took_s` is not looked at for raw ones."""
         self._hidden_bytes += size_bytes - _GAIN * self._hidden_bytes
         self._link_bytes += encoded_bytes - _GAIN * self._link_bytes
+        self._share_left = self._link_bytes / self._hidden_bytes  # as one number: the event loop may look at any moment
         if self._fixed is not None or self._latest is Codec.RAW:
             return
         share = encoded_bytes / size_bytes

@@ -11,8 +11,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-import torch
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import int64, types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -28,13 +27,6 @@ BLOCK = 32
 """Outputs that oneDNN lays side by side: two tiles, whose rows take turns."""
 BLOCK_ROW_BYTES = 128
 BLOCK_NUMBERS = BLOCK * DEPTH
-
-
-@cache
-def are_here() -> bool:
-    """Whether this processor has tiles and the system lets this process and its threads use them."""
-    features = binding.get_host_cpu_features()
-    return bool(features.get("amx-tile") and features.get("amx-bf16") and torch.cpu._init_amx())
 
 
 @cache

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from numba import float32, int64, uint8, uint16
 
-from molink_stage_worker.engine import amx_products, amx_tiles, dot_products, dots
+from molink_stage_worker.engine import amx_products, amx_tiles, dot_products
 from molink_stage_worker.engine.compiling import jit
+from molink_stage_worker.engine.processor import has_pairs, has_tiles
 from molink_stage_worker.engine.product_ends import Then
 
 MOST_ROWS = 256
@@ -27,7 +28,7 @@ ROWS = amx_tiles.ROWS
 DEPTH = amx_tiles.DEPTH
 """What inputs, and the numbers of a head, come in."""
 
-_HAS_TILES = amx_tiles.are_here()
+_HAS_TILES = has_tiles()
 BLOCK = amx_tiles.BLOCK if _HAS_TILES else dot_products.BLOCK
 """Outputs that lie side by side."""
 
@@ -52,10 +53,9 @@ release = amx_tiles.release if _HAS_TILES else _release_nothing
 configurations = amx_tiles.configurations
 
 
-@cache
 def is_here() -> bool:
     """Whether this processor has either."""
-    return _HAS_TILES or dots.are_here()
+    return _HAS_TILES or has_pairs()
 
 
 @cache

@@ -1,7 +1,8 @@
 """What the compiled loops of an engine are made of: how they are compiled, scalars, and a word to the cache.
 
 A scalar in memory is float32, or bfloat16 as the integer of its bits. What numba compiles is kept in the cache folder,
-in a folder for this very version: numba itself looks at the file of a loop only, not at those that it calls.
+in a folder for this very version: numba itself looks at the file of a loop only, not at those that it calls. Nor does
+it see that a system may forbid the tiles that the processor has, and that other loops are called then.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from numba.extending import intrinsic, overload
 
 from molink_common.folders import cache_folder
 from molink_stage_worker.engine import instructions
+from molink_stage_worker.engine.processor import has_tiles
 
 
 def _kept_in() -> Path:
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
+    digest.update(bytes([has_tiles()]))
     return cache_folder() / "compiled" / digest.hexdigest()[:16]
 
 

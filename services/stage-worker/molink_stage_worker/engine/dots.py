@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import int64, types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -24,12 +24,6 @@ VECTOR_BYTES = 64
 _FLOATS = ir.VectorType(ir.FloatType(), LANES)
 _PAIRS = ir.VectorType(ir.IntType(32), LANES)
 _PLACE = ir.IntType(64)
-
-
-def are_here() -> bool:
-    """Whether this processor has the instruction."""
-    features = binding.get_host_cpu_features()
-    return bool(features.get("avx512f") and features.get("avx512bf16"))
 
 
 def _dots(num_vectors: int, *, fetches: bool) -> Any:
