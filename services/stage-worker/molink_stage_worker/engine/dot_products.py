@@ -20,8 +20,8 @@ from molink_stage_worker.engine.vectors import LANES
 BLOCK = 64
 """Outputs that oneDNN lays side by side: four vectors."""
 _PAIR_NUMBERS = 2 * BLOCK
-_AHEAD = 2048
-"""How many numbers before their turn weights are fetched, where each is read once."""
+_AHEAD = 256
+"""How many numbers before their turn weights are fetched, where each is read once. More makes a few rows slower."""
 _NEVER = 1 << 40
 _TWO_VECTORS = 2 * LANES
 _STRETCHES_AT_ONCE = 4
@@ -35,20 +35,18 @@ def multiply(
     """``x W^T + bias``, then what `then` says, into `outs`, for one token or more.
 
     The block of weights that is at hand is for all tokens, some at a time; meanwhile the next block is fetched, an
-    equal part each time. Some outputs may be computed twice, so what `then` reads of `others` must be memory of its
-    own. No configuration is looked at.
+    equal part each time. No configuration is looked at.
     """
     turns = (num_tokens + MOST_ROWS - 1) // MOST_ROWS
-    rows = (num_tokens + turns - 1) // turns
     pairs = num_inputs // 2
     block_numbers = pairs * _PAIR_NUMBERS
     part = (pairs + turns - 1) // turns * _PAIR_NUMBERS
     sums = np.empty(MOST_ROWS * BLOCK, np.float32)
     for column in range(0, num_outputs, BLOCK):
         at = column // BLOCK * block_numbers
+        first = 0
         for turn in range(turns):
-            # the last rows may overlap with those before, to the same end
-            first = min(turn * rows, num_tokens - rows)
+            rows = (num_tokens - first) // (turns - turn)
             fetch_at = at + _AHEAD if turns == 1 else at + block_numbers + turn * part
             stream_4(rows, x, first * num_inputs, num_inputs, weights, at, VECTOR_BYTES, 2 * _PAIR_NUMBERS, pairs,
                      fetch_at, turns, sums, 0, BLOCK)  # fmt: skip
@@ -56,6 +54,7 @@ def multiply(
                 for vector in range(0, BLOCK, LANES):
                     to = (first + row) * num_outputs + column + vector
                     finish(sums, row * BLOCK + vector, bias_O, column + vector, then, others, outs, to)
+            first += rows
 
 
 @jit
@@ -66,21 +65,23 @@ def score(
     """See `amx_products.score`."""
     step = size // 2 * LANES
     turns = (num_rows + MOST_ROWS - 1) // MOST_ROWS
-    count = (num_rows + turns - 1) // turns
     for stretch in range(0, num_stretches, _STRETCHES_AT_ONCE):
+        row = 0
         for turn in range(turns):
-            row = min(turn * count, num_rows - count)
+            count = (num_rows - row) // (turns - turn)
             dots_4(count, rows, first + row * apart, apart, key_words, stretch * step, 4 * step, VECTOR_BYTES,
                    size // 2, 0, _NEVER, scores, row * width + stretch * LANES, width)  # fmt: skip
+            row += count
 
 
 @jit
 def add_up(weights: Any, width: Any, num_rows: Any, value_words: Any, num_stretches: Any, size: Any, sums: Any) -> None:
     """See `amx_products.add_up`."""
     turns = (num_rows + MOST_ROWS - 1) // MOST_ROWS
-    count = (num_rows + turns - 1) // turns
     for column in range(0, size, _TWO_VECTORS):
+        row = 0
         for turn in range(turns):
-            row = min(turn * count, num_rows - count)
+            count = (num_rows - row) // (turns - turn)
             dots_2(count, weights, row * width, width, value_words, column, VECTOR_BYTES, 4 * size,
                    num_stretches * LANES // 2, 0, _NEVER, sums, row * size + column, size)  # fmt: skip
+            row += count
