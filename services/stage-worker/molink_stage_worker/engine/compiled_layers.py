@@ -33,11 +33,9 @@ class CompiledRotation(Rotation):
         self._arrays: tuple[Any, Any] = (_NO_ANGLES, _NO_ANGLES)
 
     def arrays(self, angles: tuple[torch.Tensor, torch.Tensor]) -> tuple[Any, Any]:
-        """Cosines and sines ``[T, F]``; both halves of a head turn by the same angles."""
+        """Cosines and sines ``[T, F]``."""
         if angles is not self._angles:
-            half = angles[0].shape[-1] // 2
-            cos_TF, sin_TF = (part_1TD[0, :, :half].float().contiguous().numpy() for part_1TD in angles)
-            self._arrays = (cos_TF, sin_TF)
+            self._arrays = half_angles(angles)
             self._angles = angles
         return self._arrays
 
@@ -130,6 +128,30 @@ class CompiledLayer(LeanLayer):
         if store.arrays is None:
             store.arrays = (kernels.array_of(store.keys_KSD), kernels.array_of(store.values_KSE))
         return store
+
+
+class CompiledNorm(nn.Module):
+    """Takes the place of a root mean square norm."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self._norm = norm
+        self._weight_H = _floats(norm.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Over the last dimension."""
+        x = x.contiguous()
+        normed = torch.empty_like(x)
+        rows, normed_rows = (kernels.array_of(one.view(-1, x.shape[-1])) for one in (x, normed))
+        kernels.norm(rows, self._weight_H, self._norm.variance_epsilon, normed_rows)
+        return normed
+
+
+def half_angles(angles: tuple[torch.Tensor, torch.Tensor]) -> tuple[Any, Any]:
+    """Cosines and sines ``[1, T, D]`` as arrays ``[T, F]``: both halves of a head turn by the same angles."""
+    half = angles[0].shape[-1] // 2
+    cos_TF, sin_TF = (part_1TD[0, :, :half].float().contiguous().numpy() for part_1TD in angles)
+    return cos_TF, sin_TF
 
 
 def _floats(weight: torch.Tensor) -> Any:

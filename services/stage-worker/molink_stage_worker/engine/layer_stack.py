@@ -17,6 +17,7 @@ from molink_stage_worker.engine.bf16_unit import MOST_ROWS
 from molink_stage_worker.engine.compiled_layers import CompiledLayer
 from molink_stage_worker.engine.kv_store import KvStore
 from molink_stage_worker.engine.projections import PackedProjection
+from molink_stage_worker.engine.step_plan import StepPlan
 
 _NO_BLOCKS = np.empty(0, np.int64)
 
@@ -42,19 +43,25 @@ class LayerStack(nn.Module):
         **others: Any,
     ) -> torch.Tensor:
         """``[1, T, H]`` to ``[1, T, H]``, as all layers one after the other."""
-        plan = paged.plan
-        if plan.num_tokens > MOST_ROWS or not self._compiled[0].attends_in_bf16(plan.block_size):
+        if not self.takes(paged.plan):
             for layer in self._compiled:
                 hidden_states = layer(hidden_states, paged=paged, position_embeddings=position_embeddings, **others)
             return hidden_states
-        if self._store is None or self._store() is not paged.store:
-            self._find(paged.store, hidden_states)
         hidden_TH = hidden_states[0].clone(memory_format=torch.contiguous_format)
-        self._run(hidden_TH, paged, self._compiled[0].angles_of(position_embeddings))
+        self.run(hidden_TH, paged, self._compiled[0].angles_of(position_embeddings))
         return hidden_TH.unsqueeze(0)
 
-    def _run(self, hidden_TH: torch.Tensor, paged: PagedStep, angles: tuple[Any, Any]) -> None:
-        """Take the hidden states through all layers, in place."""
+    def takes(self, plan: StepPlan) -> bool:
+        """Whether the step is small enough to be one compiled call."""
+        return plan.num_tokens <= MOST_ROWS and self._compiled[0].attends_in_bf16(plan.block_size)
+
+    def run(self, hidden_TH: torch.Tensor, paged: PagedStep, angles: tuple[Any, Any]) -> None:
+        """Take the hidden states of a step that `takes` allows through all layers, in place.
+
+        `angles` are cosines and sines ``[T, F]``.
+        """
+        if self._store is None or self._store() is not paged.store:
+            self._find(paged.store, hidden_TH)
         first, plan, store, spans = self._compiled[0], paged.plan, paged.store, paged.plan.span_reads()
         rows_TW = hidden_TH.new_empty(plan.num_tokens, (first.num_queries + 2 * first.num_keys) * first.head_size)
         cleared = _NO_BLOCKS if plan.blocks_to_clear is None else plan.blocks_to_clear.numpy()

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from molink_stage_worker.engine import kernels
-from molink_stage_worker.engine.compiled_layers import CompiledLayer, CompiledRotation
+from molink_stage_worker.engine.compiled_layers import CompiledLayer, CompiledNorm, CompiledRotation
 from molink_stage_worker.engine.layer_stack import LayerStack, can_stack
 from molink_stage_worker.engine.lean_layers import LeanLayer, Rotation
 from molink_stage_worker.engine.projections import PackedProjection, can_pack, project
@@ -36,6 +36,8 @@ def make_lean(model: PreTrainedModel) -> None:
                 layers[index] = in_place_of(layer)
         if can_stack(layers):
             model.model.layers = nn.ModuleList([LayerStack(list(layers))])
+            if hasattr(model.model.norm, "variance_epsilon"):
+                model.model.norm = CompiledNorm(model.model.norm)
     head: Any = model.get_output_embeddings()
     if type(head) is nn.Linear and can_pack(head.weight.dtype, head.weight.device):
         model.set_output_embeddings(project(head))

@@ -13,6 +13,7 @@ from molink_stage_worker.engine.block_tables import BlockTables
 from molink_stage_worker.engine.families import strict_context_length
 from molink_stage_worker.engine.interface import StageSpec, StepOutput
 from molink_stage_worker.engine.kv_store import KvStore
+from molink_stage_worker.engine.short_pass import ShortPass, can_shorten
 from molink_stage_worker.engine.stage_tensors import Boundary, bytes_of, logit_rows
 from molink_stage_worker.engine.step_plan import StepPlan
 
@@ -26,6 +27,7 @@ class PackedEngine:
         self._base = model.base_model
         self._spec = spec
         self._boundary = Boundary(model, spec)
+        self._short = ShortPass(model) if can_shorten(model) else None
         self._weight_bytes = bytes_of(model)
         self.reset(num_blocks=spec.num_blocks, block_size=spec.block_size)
 
@@ -75,13 +77,16 @@ class PackedEngine:
             device=self._boundary.device,
             dtype=self._boundary.dtype,
         )
-        arguments: dict[str, Any] = {
-            name: inputs_1T,
-            "position_ids": plan.positions_1T,
-            "paged": PagedStep(self._store, plan),
-            "use_cache": False,
-        }
+        paged = PagedStep(self._store, plan)
         rows = logit_rows(entries) if self._spec.is_tail else []
+        if self._short is not None and self._short.takes(plan):
+            if rows:
+                return self._boundary.logits(self._short.logits(inputs_1T, paged, rows))
+            hidden_TH = self._short.hidden(inputs_1T, paged)
+            return self._boundary.logits(None) if self._spec.is_tail else self._boundary.hidden(hidden_TH)
+        arguments: dict[str, Any] = {
+            name: inputs_1T, "position_ids": plan.positions_1T, "paged": paged, "use_cache": False
+        }  # fmt: skip
         if rows:
             keep = torch.tensor(rows, device=self._boundary.device)
             return self._boundary.logits(self._model(**arguments, logits_to_keep=keep).logits[0])

@@ -116,6 +116,8 @@ class StepPlan:
         positions_T, slots_T = _positions_and_slots(spans, block_size)
         self.num_tokens = len(positions_T)
         self.positions_1T = self._tensor(positions_T).unsqueeze(0)
+        self.positions = positions_T
+        """The same as an array in the host's memory."""
         self.slots_T = self._tensor(slots_T)
         self.slots = slots_T
         """The same as an array in the host's memory."""
