@@ -90,7 +90,7 @@ async def test_messages_arrive_in_order_and_any_buffer_can_be_sent(bus: NatsBus)
     subscription = await bus.subscribe("ordered", collect)
     await bus.publish("ordered", b"1")
     await bus.publish("ordered", bytearray(b"2"))
-    await bus.publish("ordered", memoryview(b"3"))
+    assert bus.publish_at_once("ordered", memoryview(b"3"))
     await asyncio.wait_for(done.wait(), 2)
     await subscription.close()
     assert seen == [b"1", b"2", b"3"]
@@ -99,6 +99,8 @@ async def test_messages_arrive_in_order_and_any_buffer_can_be_sent(bus: NatsBus)
 async def test_a_message_over_the_limit_is_refused_here(bus: NatsBus) -> None:
     with pytest.raises(BusUnavailable, match="max_payload"):
         await bus.publish("large", bytes(bus.max_payload_bytes + 1))
+    with pytest.raises(BusUnavailable, match="max_payload"):
+        bus.publish_at_once("large", bytes(bus.max_payload_bytes + 1))
 
 
 async def test_no_server_is_an_error_that_names_the_setting() -> None:
@@ -140,6 +142,8 @@ async def test_a_restarted_broker_is_found_again_at_once(tmp_path: Path) -> None
                     await asyncio.sleep(0.01)
             with pytest.raises(BusUnavailable):
                 await bus.publish("x", b"")
+            with pytest.raises(BusUnavailable):
+                bus.publish_at_once("x", b"")
             server = start_nats(tmp_path, server.port)
             is_back_s = time.perf_counter()
             await asyncio.wait_for(back.wait(), 5)
@@ -169,6 +173,21 @@ async def test_a_cut_connection_is_given_up_with_all_that_waits_in_it(nats_serve
             filling.cancel()
         await bus.publish("x", b"")
         await bus.flush()
+
+
+async def test_what_would_have_to_wait_is_not_sent_at_once(nats_server: EmbeddedServer) -> None:
+    async with (
+        cuttable(nats_server.port) as (port, cut),
+        open_bus(BusSettings(url=f"nats://127.0.0.1:{port}"), name="x") as bus,
+    ):
+        cut.set()
+        sent = 0
+        while bus.publish_at_once("x", bytes(1024 * 1024)):
+            sent += 1
+            assert sent < 64, "no socket holds so much"
+        out_msgs = bus._client.stats["out_msgs"]
+        assert not bus.publish_at_once("x", b"small")
+        assert bus._client.stats["out_msgs"] == out_msgs == sent
 
 
 @contextlib.asynccontextmanager

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -94,6 +94,12 @@ class Bus(Protocol):
             BusUnavailable: the connection is down, or the message is too large.
         """
 
+    def publish_at_once(self, subject: str, data: Payload) -> bool:
+        """`publish` from where nobody can wait. False: the socket has no room yet, and nothing was sent.
+
+        Raises: as `publish`.
+        """
+
     async def request(self, subject: str, data: Payload, *, timeout_s: float) -> bytes:
         """Send and wait for one answer.
 
@@ -158,7 +164,7 @@ class _NatsSubscription:
 class NatsBus:
     """`Bus` over one NATS connection. Made by `open_bus`."""
 
-    def __init__(self, client: Client, settings: BusSettings) -> None:
+    def __init__(self, client: _Client, settings: BusSettings) -> None:
         self._client = client
         self._settings = settings
 
@@ -174,14 +180,13 @@ class NatsBus:
 
     async def publish(self, subject: str, data: Payload) -> None:
         """See `Bus.publish`."""
-        try:
+        with self._saying_why(data):
             await self._client.publish(subject, data)  # type: ignore[arg-type]
-        except nats.errors.MaxPayloadError as error:
-            raise BusUnavailable(
-                f"a message of {len(data)} bytes is larger than the broker's max_payload of {self.max_payload_bytes}"
-            ) from error
-        except (nats.errors.Error, OSError) as error:
-            raise BusUnavailable(f"cannot publish: {error!r}") from error
+
+    def publish_at_once(self, subject: str, data: Payload) -> bool:
+        """See `Bus.publish_at_once`."""
+        with self._saying_why(data):
+            return self._client.publish_at_once(subject, data)
 
     async def request(self, subject: str, data: Payload, *, timeout_s: float) -> bytes:
         """See `Bus.request`."""
@@ -229,6 +234,17 @@ class NatsBus:
         answer = await self.request(subject, messages.encode(message), timeout_s=timeout_s)
         return messages.decode(answer, *expected)
 
+    @contextlib.contextmanager
+    def _saying_why(self, data: Payload) -> Iterator[None]:
+        try:
+            yield
+        except nats.errors.MaxPayloadError as error:
+            raise BusUnavailable(
+                f"a message of {len(data)} bytes is larger than the broker's max_payload of {self.max_payload_bytes}"
+            ) from error
+        except (nats.errors.Error, OSError) as error:
+            raise BusUnavailable(f"cannot publish: {error!r}") from error
+
     async def flush(self) -> None:
         """See `Bus.flush`."""
         try:
@@ -269,6 +285,17 @@ class _Client(Client):  # type: ignore[misc]  # the library has no types
         self._pending: list[bytes] = []
         self._pending_data_size = 0
         return None
+
+    def publish_at_once(self, subject: str, data: Payload) -> bool:
+        """Whether it could be done without waiting; raises what `publish` raises."""
+        if self.is_connected and self._is_congested():
+            return False
+        try:
+            # nothing in it waits as long as `_flush_pending` does not
+            self.publish(subject, data).send(None)
+        except StopIteration:
+            return True
+        raise AssertionError("the library waits where it did not wait")
 
     def _is_congested(self) -> bool:
         """Whether much waits for the socket already; the library's task waits until it has gone."""

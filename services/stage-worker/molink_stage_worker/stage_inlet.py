@@ -65,12 +65,12 @@ class StageInlet:
         if (piece.pipeline, piece.epoch) != (place.pipeline, place.epoch):
             self._fence.dropped[Drop.OTHER_EPOCH] += 1
             return
-        await self._acknowledge(piece.step, piece.offset + len(piece.data), Traffic.BULK)
+        await self._acknowledge(piece.step, piece.offset + len(piece.data), Traffic.BULK, _now_us())
         whole = self._assembler.add(piece)
         if whole is not None:
             await self._take(whole, acknowledge=False)
 
-    async def _acknowledge(self, step: int, end: int, traffic: Traffic) -> None:
+    async def _acknowledge(self, step: int, end: int, traffic: Traffic, received_us: int) -> None:
         place = self._place
         ack = Ack(
             pipeline=place.pipeline,
@@ -78,13 +78,13 @@ class StageInlet:
             step=step,
             end=end,
             traffic=traffic,
-            received_us=time.monotonic_ns() // 1000,
+            received_us=received_us,
         )
         with contextlib.suppress(BusUnavailable):  # the sender waits for it no longer than it must
             await self._bus.publish(subjects.stage_acks(place.pipeline, place.index), ack.encode())
 
     async def _take(self, data: bytes | bytearray, *, acknowledge: bool) -> None:
-        ready_ns = time.perf_counter_ns()
+        ready_ns, received_us = time.perf_counter_ns(), _now_us()
         try:
             frame = decode_frame(data)
             extra = decode_extra(frame.extra)
@@ -98,14 +98,18 @@ class StageInlet:
         if reason is not None:
             log.warning("frame dropped", reason=reason, step=frame.step, epoch=frame.epoch)
             return
-        if acknowledge:
-            await self._acknowledge(frame.step, len(data), frame.traffic)
+        step = StageStep(frame=frame, extra=extra, ready_ns=ready_ns)
         if self._fence.enter(frame.step, frame.entries, extra.closes) is not None:
             log.warning("step emptied", reason=Drop.HOLE, step=frame.step)
-            await self._on_step(emptied(StageStep(frame=frame, extra=extra, ready_ns=ready_ns)))
-        else:
-            await self._on_step(StageStep(frame=frame, extra=extra, ready_ns=ready_ns))
+            step = emptied(step)
+        await self._on_step(step)
+        if acknowledge:  # while the compute thread wakes up
+            await self._acknowledge(frame.step, len(data), frame.traffic, received_us)
 
     def _drop_garbage(self, error: ProtocolError) -> None:
         self._fence.dropped[Drop.GARBAGE] += 1
         log.warning("frame dropped", reason=Drop.GARBAGE, problem=str(error))
+
+
+def _now_us() -> int:
+    return time.monotonic_ns() // 1000

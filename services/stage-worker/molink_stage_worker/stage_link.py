@@ -43,6 +43,8 @@ class StageLink:
             place.policy.scheduling, assumed_link_bytes_per_s=place.policy.assumed_link_bytes_per_s
         )
         self._payloads: dict[int, Payload] = {}
+        self._unsent: Send | None = None
+        """What is to go before anything else, and has to wait for the socket."""
         self._changed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._decode_subject = subjects.stage(place.pipeline, place.index + 1)
@@ -55,7 +57,11 @@ class StageLink:
     def offer(self, step: int, traffic: Traffic, payload: Payload) -> None:
         """Queue a frame. How many there can be is bounded by the steps that the head has under way."""
         self._payloads[step] = payload
-        self._sender.offer(Parcel(step=step, traffic=traffic, size_bytes=len(payload)), self._loop.time())
+        now_s = self._loop.time()
+        self._sender.offer(Parcel(step=step, traffic=traffic, size_bytes=len(payload)), now_s)
+        # the task would send it two turns of the loop later
+        if traffic is Traffic.DECODE and self._unsent is None and (send := self._sender.next(now_s)) is not None:
+            self._send_at_once(send)
         self._codecs.on_rate(self._wire_rate_bytes_per_s)
         self._changed.set()
 
@@ -63,8 +69,10 @@ class StageLink:
         """Send until cancelled."""
         while True:
             self._changed.clear()
-            while (send := self._sender.next(self._loop.time())) is not None:
+            while (send := self._unsent or self._sender.next(self._loop.time())) is not None:
+                self._unsent = send
                 await self._carry_out(send)
+                self._unsent = None
             wake_at_s = self._sender.wake_at_s()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(wake_at_s):
@@ -111,6 +119,19 @@ class StageLink:
             unacknowledged_s=0.0 if since_s is None else max(self._loop.time() - since_s, 0.0),
         )
 
+    def _send_at_once(self, send: Send) -> None:
+        payload = self._payloads.get(send.step)
+        if not send.whole or payload is None or len(payload) > self._bus.max_payload_bytes:
+            self._unsent = send
+            return
+        try:
+            if self._bus.publish_at_once(self._decode_subject, payload):
+                del self._payloads[send.step]
+            else:
+                self._unsent = send
+        except BusUnavailable as error:
+            self._give_up(send.step, error)
+
     async def _carry_out(self, send: Send) -> None:
         payload = self._payloads.pop(send.step, None) if send.is_last else self._payloads.get(send.step)
         if payload is None:
@@ -126,9 +147,12 @@ class StageLink:
                     end = min(offset + most, send.offset + send.size_bytes)
                     await bus.publish(self._bulk_subject, self._piece(send.step, payload, offset, end))
         except BusUnavailable as error:
-            log.warning("step not sent", step=send.step, problem=str(error))
-            self._payloads.pop(send.step, None)
-            self._on_lost(send.step)
+            self._give_up(send.step, error)
+
+    def _give_up(self, step: int, error: BusUnavailable) -> None:
+        log.warning("step not sent", step=step, problem=str(error))
+        self._payloads.pop(step, None)
+        self._on_lost(step)
 
     def _piece(self, step: int, payload: Payload, offset: int, end: int) -> bytearray:
         return Piece(

@@ -29,11 +29,17 @@ class TokenOutbox:
         self._place = place
         self._queue: asyncio.Queue[bytes | bytearray] = asyncio.Queue(_MESSAGES)
         self._recent: deque[bytes | bytearray] = deque(maxlen=_STEPS_REPEATED)
+        self._subject = subjects.tokens(place.pipeline)
+        self._is_sending = False
+        self._num_unsent = 0
+        """Since the broker could be reached last."""
 
     def put(self, result: StageResult) -> None:
         """A step's tokens, to be sent once, and to be repeated after an outage."""
         if result.tokens is not None and (result.tokens.events or result.tokens.prompt_logprobs):
             self._recent.append(result.payload)
+        if not self._num_unsent and self._queue.empty() and not self._is_sending and self._send_at_once(result.payload):
+            return
         self._put(result.payload)
 
     def notify(self, failed: tuple[str, ...] = ()) -> None:
@@ -49,20 +55,27 @@ class TokenOutbox:
 
     async def run(self) -> None:
         """Send until cancelled."""
-        subject = subjects.tokens(self._place.pipeline)
-        num_unsent = 0
         while True:
+            self._is_sending = False
             payload = await self._queue.get()
+            self._is_sending = True
             try:
-                await self._bus.publish(subject, payload)
+                await self._bus.publish(self._subject, payload)
             except BusUnavailable as error:
-                if not num_unsent:  # once an outage: what was said is repeated after it
+                if not self._num_unsent:  # once an outage: what was said is repeated after it
                     log.warning("tokens not sent", problem=str(error))
-                num_unsent += 1
+                self._num_unsent += 1
             else:
-                if num_unsent:
-                    log.info("tokens are sent again", messages_not_sent=num_unsent)
-                num_unsent = 0
+                if self._num_unsent:
+                    log.info("tokens are sent again", messages_not_sent=self._num_unsent)
+                self._num_unsent = 0
+
+    def _send_at_once(self, payload: bytes | bytearray) -> bool:
+        """Whether that was possible; the task would send two turns of the loop later."""
+        try:
+            return self._bus.publish_at_once(self._subject, payload)
+        except BusUnavailable:
+            return False  # the task tries again, and says so
 
     def _put(self, payload: bytes | bytearray) -> None:
         try:
