@@ -15,7 +15,7 @@ Nothing here runs code that a peer sent. Whatever does not parse, in any byte, i
 from __future__ import annotations
 
 import struct
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Annotated
 
@@ -81,6 +81,13 @@ class StageTiming:
     prompt_tokens: int
     sequences: int
     context_tokens: int
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """All of them, as they lie in a frame; `dataclasses.astuple` takes six times as long."""
+        return (
+            self.compute_us, self.waited_us, self.tokens, self.prompt_tokens, self.sequences, self.context_tokens
+        )  # fmt: skip
 
 
 _TIMING_FIELDS = tuple(field.name for field in fields(StageTiming))
@@ -211,7 +218,7 @@ def encode_frame(frame: StepFrame) -> bytearray:
     struct.pack_into(f"<{num_blocks}I", out, at, *blocks)
     at += 4 * num_blocks
     for timing in frame.timings:
-        _TIMING.pack_into(out, at, *(min(value, _MAX_U32) for value in astuple(timing)))
+        _TIMING.pack_into(out, at, *(min(number, _MAX_U32) for number in timing.numbers))
         at += _TIMING.size
     out[at : at + len(frame.extra)] = frame.extra
     out[tensor_at:] = frame.hidden

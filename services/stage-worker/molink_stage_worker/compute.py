@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, replace
+from dataclasses import replace
 
 import torch
 
@@ -320,7 +320,7 @@ def _sampled(sampler: Sampler, step: StageStep, logits_RV: torch.Tensor | None, 
         failed=tuple(failed),
         refused=step.extra.refused,
         prompt_logprobs=tuple(told),
-        timings=tuple(astuple(one) for one in (*frame.timings, timing)),
+        timings=tuple(one.numbers for one in (*frame.timings, timing)),
     )
 
 
