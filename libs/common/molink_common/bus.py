@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -180,13 +180,17 @@ class NatsBus:
 
     async def publish(self, subject: str, data: Payload) -> None:
         """See `Bus.publish`."""
-        with self._saying_why(data):
+        try:
             await self._client.publish(subject, data)  # type: ignore[arg-type]
+        except (nats.errors.Error, OSError) as error:
+            raise self._not_sent(error, data) from error
 
     def publish_at_once(self, subject: str, data: Payload) -> bool:
         """See `Bus.publish_at_once`."""
-        with self._saying_why(data):
+        try:
             return self._client.publish_at_once(subject, data)
+        except (nats.errors.Error, OSError) as error:
+            raise self._not_sent(error, data) from error
 
     async def request(self, subject: str, data: Payload, *, timeout_s: float) -> bytes:
         """See `Bus.request`."""
@@ -234,16 +238,12 @@ class NatsBus:
         answer = await self.request(subject, messages.encode(message), timeout_s=timeout_s)
         return messages.decode(answer, *expected)
 
-    @contextlib.contextmanager
-    def _saying_why(self, data: Payload) -> Iterator[None]:
-        try:
-            yield
-        except nats.errors.MaxPayloadError as error:
-            raise BusUnavailable(
+    def _not_sent(self, error: Exception, data: Payload) -> BusUnavailable:
+        if isinstance(error, nats.errors.MaxPayloadError):
+            return BusUnavailable(
                 f"a message of {len(data)} bytes is larger than the broker's max_payload of {self.max_payload_bytes}"
-            ) from error
-        except (nats.errors.Error, OSError) as error:
-            raise BusUnavailable(f"cannot publish: {error!r}") from error
+            )
+        return BusUnavailable(f"cannot publish: {error!r}")
 
     async def flush(self) -> None:
         """See `Bus.flush`."""
