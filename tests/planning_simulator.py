@@ -308,10 +308,13 @@ class Pipeline:
         return step
 
     def _plan(self) -> BatchPlan:
+        waiting = sum(prompt.rest for prompt in self._prompts)
         demand = Demand(
             decoding=self._sequences,
             context_tokens=CONTEXT_TOKENS,
-            prompt_tokens_waiting=sum(prompt.rest for prompt in self._prompts),
+            prompt_tokens_waiting=waiting,
+            admitted_prompt_tokens=waiting,
+            longest_prompt_tokens=max((prompt.tokens for prompt in self._prompts), default=0),
             prompts_waiting=len(self._prompts),
         )
         self.plan = self.planner.plan(demand, self.now_s)

@@ -10,7 +10,7 @@ from molink_common.messages import PipelinePolicy, Scheduling, Speculation
 from molink_common.wire import MAX_STEP_TOKENS, Traffic
 from molink_stage_worker.batch_plan import BatchPlan
 from molink_stage_worker.planning import Demand, Planner, StepObservation
-from molink_stage_worker.planning.chunks import grid
+from molink_stage_worker.planning.chunks import grid, separate_chunk_tokens
 from molink_stage_worker.planning.cycle import Bottleneck, Machine, distinct_counts, predict
 from molink_stage_worker.planning.published import published_micro_batches
 from molink_stage_worker.planning.ring import Links
@@ -192,6 +192,23 @@ def test_sizes_of_chunks() -> None:
     assert grid(64) == [16, 20, 24, 28, 32, 40, 48, 56, 64]
     assert grid(8) == [8]
     assert grid(100)[-1] == 100
+
+
+def chunk_with(queue: float, *, cycle_s: float = 0.1) -> int:
+    rising = StageCurve(
+        tokens=(1.0, 256.0), times_s=(0.01, 0.2), fixed_s=0.01, per_token_s=0.00075, per_sequence_s=0.0,
+        per_context_token_s=0.0,
+    )  # fmt: skip
+    machine = replace(MACHINE, stages=(rising, rising))
+    return separate_chunk_tokens(
+        machine, step_tokens=256, context_tokens=60, cycle_s=cycle_s, crowd=0.0, queue=queue, latency_target_s=None
+    )
+
+
+def test_chunks_grow_where_prompts_queue_up() -> None:
+    assert chunk_with(0.0) == chunk_with(1.0) < chunk_with(1.5) < chunk_with(2.0)
+    assert chunk_with(2.0) == chunk_with(50.0), "a chunk takes no stage longer than a cycle"
+    assert 0.01 + 0.00075 * chunk_with(50.0) <= 0.1
 
 
 def price_of(planner: Planner, decoding: int, window: float = 1.0) -> float | None:

@@ -136,6 +136,18 @@ def test_short_prompts_get_on_beside_many_that_decode(stage: Cost, wire: Wire) -
     assert first_tokens_s[54] < 0.5, first_tokens_s
 
 
+@pytest.mark.parametrize("interval_s", [4.0, 5.0])
+def test_long_prompts_do_not_wait_longer_and_longer(interval_s: float) -> None:
+    """64 streams keep the stages busy; chunks of the usual size compute 1,500 tokens in more than five seconds."""
+    pipeline = Pipeline([roofline()] * 2, LAN, sequences=64)
+    pipeline.prompts_every(interval_s, 1500)
+    pipeline.run(100.0)
+
+    assert len(pipeline.first_tokens_s) >= 90.0 // interval_s
+    assert max(pipeline.first_tokens_s) < 8.0, pipeline.first_tokens_s
+    assert pipeline.first_tokens_s[-1] < 6.0, pipeline.first_tokens_s
+
+
 def test_long_prompts_hardly_disturb_those_that_decode() -> None:
     """32 streams on GPUs at 100 Mbit/s and 30 ms, and 24 MB of a prompt's hidden states every five seconds."""
     median, tail = [], []

@@ -311,3 +311,15 @@ def test_a_step_leaves_room_in_a_message() -> None:
     assert tokens_in_a_frame(8 << 20, 8192 * 2, 256) == 256
     assert tokens_in_a_frame(1 << 20, 8192 * 2, 256) == 38
     assert tokens_in_a_frame(1024, 1 << 20, 256) == 1
+
+
+def test_what_the_planner_hears_of_prompts() -> None:
+    head = batcher(separate=True, chunk_tokens=16, max_running=2)
+    for number, prompt in ((1, 40), (2, 10), (3, 100)):
+        head.add(start(number, prompt))
+    plan_of(head)
+    demand = head.demand()
+    assert demand.admitted_prompt_tokens == 50 - 16
+    assert demand.longest_prompt_tokens == 40
+    assert demand.prompt_tokens_waiting == 50 - 16 + 100, "the third has no place yet"
+    assert demand.prompts_waiting == 3

@@ -54,12 +54,15 @@ def separate_chunk_tokens(
     context_tokens: int,
     cycle_s: float | None,
     crowd: float,
+    queue: float,
     latency_target_s: float | None,
 ) -> int:
     """Prompt tokens of a step of their own. `cycle_s` None: nothing decodes.
 
     `crowd` is how many prompts wait for each sequence that decodes. Where many wait for few, as after a fault, the few
-    give way: a chunk may take a stage that many cycles.
+    give way: a chunk may take a stage that many cycles. `queue` is how many prompts, in lengths of the longest, wait to
+    be computed. Where more than one does, prompts come faster than such chunks compute them, and would wait longer and
+    longer: shares of the cycle are so many times as large, up to all of it.
 
     Two wishes pull apart. A decode step that finds a chunk in a stage waits for its end: so a chunk should take no
     stage more than a quarter of a cycle. And every chunk pays a step's fixed cost: so a token should not cost more
@@ -77,8 +80,9 @@ def separate_chunk_tokens(
         most_s = float("inf") if latency_target_s is None else latency_target_s
         return min(efficient, _largest_within(sizes, costs_s, most_s))
     one_s = max(curve.compute_s(1, 1, context_tokens) for curve in machine.stages)
-    stall_s = max(max(_STALL_SHARE, crowd) * cycle_s, _STALL_STEPS * one_s)
-    most_s = max(_MOST_STALL_SHARE * cycle_s, stall_s)
+    stall_share, most_share = (min(share * max(queue, 1.0) ** 2, 1.0) for share in (_STALL_SHARE, _MOST_STALL_SHARE))
+    stall_s = max(max(stall_share, crowd) * cycle_s, _STALL_STEPS * one_s)
+    most_s = max(most_share * cycle_s, stall_s)
     if latency_target_s is not None:
         most_s = min(most_s, max(latency_target_s - cycle_s, 0.0))
     return min(

@@ -47,6 +47,10 @@ class Demand:
     """Prompt tokens that no step was planned for yet."""
     prompts_waiting: int = 0
     """Sequences that they belong to, and those that a replaced stage still lacks."""
+    admitted_prompt_tokens: int = 0
+    """Of the prompt tokens, those of sequences that hold KV blocks."""
+    longest_prompt_tokens: int = 0
+    """Of these sequences, the whole length of the longest."""
     window: float = 1.0
     """Tokens of a sequence in a decode step, on average: the newest one, and guesses behind it."""
 

@@ -25,6 +25,7 @@ _THOUGHTS_A_TRY = 6
 _PROMPT_SHARE_OVER_S = 3.0
 _MOST_PROMPT_SHARE = 0.7
 _LEAST_PROMPT_SHARE = 0.01
+_CHUNKS_OF_A_LONG_PROMPT = 16
 _CHUNK_CHANGE = 1.4
 _CHUNK_REST_S = 3.0
 _CHUNK_JUMP = 2.0
@@ -170,6 +171,7 @@ class Planner:
                 context_tokens=demand.context_tokens,
                 cycle_s=decode_only_s,
                 crowd=demand.prompts_waiting / max(demand.decoding, 1),
+                queue=self._queue(demand),
                 latency_target_s=self._latency_target_s,
             )
         else:
@@ -214,6 +216,11 @@ class Planner:
             riding_tokens=riding_tokens,
             draft_price=self._draft_price(machine, demand, micro_batches),
         )
+
+    def _queue(self, demand: Demand) -> float:
+        """How many prompts, in lengths of the longest, wait to be computed; those of a few chunks are none."""
+        length = max(demand.longest_prompt_tokens, _CHUNKS_OF_A_LONG_PROMPT * self._plan.chunk_tokens)
+        return demand.admitted_prompt_tokens / length
 
     def _draft_price(self, machine: Machine, demand: Demand, micro_batches: int) -> float | None:
         """The share that a cycle grows by if every sequence that decodes has one more of its tokens guessed."""
