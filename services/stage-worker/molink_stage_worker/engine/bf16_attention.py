@@ -1,8 +1,9 @@
 """Attention of a step in bfloat16, over the paged store: decode tokens and prompts' chunks alike.
 
-A stretch of 16 keys is turned, and pairs of values are laid side by side, as a processor's `bf16_unit` wants them: once
-for all queries that see them. Then scores and sums are products for up to 16 queries at a time, a *tile*. The weights
-between are rounded to bfloat16, as torch's fused kernel does; the softmax itself is float32.
+The store keeps 16 slots, a *stretch*, as a processor's `bf16_unit` multiplies them: keys turned, so that pairs of
+their numbers lie side by side for all 16, and values in pairs of keys. A token is written once, but read by each that
+follows it. Scores and sums are products for up to 16 queries at a time, a *tile*. The weights between are rounded to
+bfloat16, as torch's fused kernel does; the softmax itself is float32.
 
 A token's result is the same whoever else is in the step, and however its prompt was cut: keys are taken in stretches
 that begin at multiples of 32, each row has its own softmax, and what a row does not see counts exactly nothing.
@@ -16,27 +17,26 @@ from functools import cache, partial
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import float32, float64, int64, types, uint8, uint16, uint32
-from numba.extending import intrinsic
+from numba import float32, float64, int64, uint8, uint16
 
-from molink_stage_worker.engine.bf16_unit import DEPTH, ROWS, add_up, configure, is_here, release, score
-from molink_stage_worker.engine.compiling import jit
-from molink_stage_worker.engine.step_plan import KEYS_OF_A_STRETCH as KEYS
-from molink_stage_worker.engine.vectors import (
-    address_in,
-    fetch_line,
-    largest_of,
-    write_pairs,
-    write_scaled,
-    write_weights,
+from molink_stage_worker.engine.bf16_unit import (
+    DEPTH,
+    ROWS,
+    add_up,
+    configure,
+    copies_of,
+    is_here,
+    make_ready,
+    release,
+    score,
 )
+from molink_stage_worker.engine.compiling import jit
+from molink_stage_worker.engine.kernels import rotate
+from molink_stage_worker.engine.step_plan import KEYS_OF_A_STRETCH as KEYS
+from molink_stage_worker.engine.vectors import largest_of, write_scaled, write_weights
 
-_TILE_WORDS = 256
-_TILES_AT_ONCE = 4
-_AHEAD = 2
-"""Stretches before their turn keys and values are fetched: they lie anywhere in memory."""
-_LINE_NUMBERS = 32
+_KEYS_AT_ONCE = 4 * KEYS
+"""There is room for scores of so many at a time."""
 _HIDDEN = float32(-np.inf)
 
 
@@ -47,58 +47,45 @@ def can_attend(*, head_size: int, group: int, block_size: int) -> bool:
 
 @cache
 def is_ready() -> bool:
-    """Whether `attend` can be used. Compiles, some seconds."""
+    """Whether this can be used. Compiles, some seconds."""
     if not is_here():
         return False
     integers, rows, store = int64[::1], uint16[:, ::1], uint16[:, :, ::1]
+    floats, angles = float32[::1], float32[:, ::1]
+    rotate_and_store.compile((rows, angles, angles, floats, floats, float64, integers, store, store))
     attend.compile((uint8[:, ::1], rows, *(integers,) * 5, int64, float64, store, store, rows))
     return True
 
 
-@intrinsic
-def _turn(_context: Any, numbers: Any, place: Any, apart: Any, words: Any, there: Any) -> Any:
-    """16 rows of 16 pairs of numbers, which lie `apart`, to 16 rows of 16 words side by side: rows become columns.
-
-    Four rounds in each of which two rows change halves, quarters, eighths, ...
-    """
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        vector = ir.VectorType(ir.IntType(32), ROWS)
-        from_kind, to_kind = signature.args[0], signature.args[3]
-
-        def pointer(kind: Any, array: Any, at: Any) -> Any:
-            return builder.bitcast(address_in(context, builder, kind, array, at), vector.as_pointer())
-
-        at, rows = arguments[1], []
-        for _ in range(ROWS):
-            rows.append(builder.load(pointer(from_kind, arguments[0], at), align=2))
-            at = builder.add(at, arguments[2])
-        for far in (1, 2, 4, 8):
-            low = [lane if not lane & far else ROWS + lane - far for lane in range(ROWS)]
-            high = [lane + far if not lane & far else ROWS + lane for lane in range(ROWS)]
-            masks = [ir.Constant(ir.VectorType(ir.IntType(32), ROWS), mask) for mask in (low, high)]
-            for i in (row for row in range(ROWS) if not row & far):
-                pair = rows[i], rows[i + far]
-                rows[i], rows[i + far] = (builder.shuffle_vector(*pair, mask) for mask in masks)
-        for number, row in enumerate(rows):
-            to = builder.add(arguments[4], ir.Constant(arguments[4].type, number * ROWS))
-            builder.store(row, pointer(to_kind, arguments[3], to), align=4)
-        return context.get_dummy_value()
-
-    return types.none(numbers, int64, int64, words, int64), generate
-
-
 @jit
-def _lay_out(keys: Any, values: Any, at: Any, key_words: Any, value_words: Any, stretch: Any, size: Any) -> None:
-    """The keys and values of a stretch, which begin at number `at`, for the products."""
-    parts = size // DEPTH
-    for part in range(parts):
-        _turn(keys, at + part * DEPTH, size, key_words, (stretch * parts + part) * _TILE_WORDS)
-    to = stretch * (KEYS // 2) * size
-    for pair in range(KEYS // 2):
-        one = at + 2 * pair * size
-        for i in range(0, size, KEYS):
-            write_pairs(values, one + i, one + size + i, value_words, to + pair * size + i)
+def rotate_and_store(
+    rows_TW: Any,
+    cos_TF: Any,
+    sin_TF: Any,
+    query_norm_D: Any,
+    key_norm_D: Any,
+    epsilon: Any,
+    slots_T: Any,
+    keys_KSD: Any,
+    values_KSD: Any,
+) -> None:
+    """As `kernels.rotate_and_store`, but keys and values are stored as `attend` reads them."""
+    key_heads, num_slots, size = keys_KSD.shape
+    rotate(rows_TW, cos_TF, sin_TF, query_norm_D, key_norm_D, epsilon, key_heads, size)
+    rotated = rows_TW.shape[1] - key_heads * size
+    rows, keys, values = rows_TW.reshape(-1), keys_KSD.reshape(-1), values_KSD.reshape(-1)
+    row_words, key_words = rows.view(np.uint32), keys.view(np.uint32)
+    for t in range(slots_T.size):
+        lane = slots_T[t] % KEYS
+        for k in range(key_heads):
+            stretch = (k * num_slots + slots_T[t] - lane) * size
+            value = t * rows_TW.shape[1] + rotated + k * size
+            key = value - key_heads * size
+            for i in range(size // 2):
+                key_words[stretch // 2 + i * KEYS + lane] = row_words[key // 2 + i]
+            to = stretch + lane // 2 * 2 * size + lane % 2
+            for i in range(size):
+                values[to + 2 * i] = rows[value + i]
 
 
 @jit
@@ -132,34 +119,25 @@ def _first_key(start: Any, window: Any) -> Any:
 
 
 @jit
-def _fetch(keys: Any, values: Any, at: Any, size: Any) -> None:
-    """Have a stretch fetched, keys and values."""
-    for line in range(0, KEYS * size, _LINE_NUMBERS):
-        fetch_line(keys, at + line)
-        fetch_line(values, at + line)
-
-
-@jit
 def _attend_tile(
-    rows: Any, place: Any, apart: Any, num_rows: Any, laid_out: Any, sight: Any, room: Any, row_width: Any, size: Any,
+    rows: Any, place: Any, apart: Any, num_rows: Any, seen: Any, sight: Any, room: Any, row_width: Any, size: Any,
     outs: Any, out: Any, out_apart: Any,
 ) -> None:  # fmt: skip
-    """Of a tile of queries, with keys and values that are laid out from key `begin` on.
+    """Of a tile of queries; what is `seen` are keys and values (see `amx_attention`).
 
-    `sight` is: the first row sees keys to below `sees_to`, each other one `further` keys than the one before, and each
-    looks back on `window`; then the scale. `room` is memory to work in.
+    `sight` is: where these keys begin; the first row sees keys to below `sees_to`, each other one `further` keys than
+    the one before, and each looks back on `window`; then the scale. `room` is memory to work in.
     """
-    key_words, value_words, begin = laid_out
-    sees_to, further, window, scale = sight
+    begin, sees_to, further, window, scale = sight
     scores, weights, shares, sums = room
     stretches = (sees_to + (num_rows - 1) * further - begin + KEYS - 1) // KEYS
     end = (stretches + 1) // 2 * 2 * KEYS
-    score(rows, place, apart, num_rows, key_words, stretches, size, scores, row_width)
+    score(rows, place, apart, num_rows, seen, stretches, size, scores, row_width)
     for row in range(num_rows):
         high = sees_to + row * further
         low = max(high - window, begin)
         shares[row] = _weigh(scores, row * row_width, low - begin, high - begin, end, scale, weights)
-    add_up(weights, row_width, num_rows, value_words, end // KEYS, size, sums)
+    add_up(weights, row_width, num_rows, seen, stretches, size, sums)
     for row in range(num_rows):
         for i in range(0, size, KEYS):
             write_scaled(sums, row * size + i, shares[row], outs, out + row * out_apart + i)
@@ -190,18 +168,17 @@ def attend(
     width, out_width = rows_TW.shape[1], out_TQ.shape[1]
     group = out_width // size // key_heads
     rows, outs = rows_TW.reshape(-1), out_TQ.reshape(-1)
-    keys, values = keys_KSD.reshape(-1), values_KSD.reshape(-1)
+    keys, values, places_N = keys_KSD.reshape(-1), values_KSD.reshape(-1), slots_N * size
     factor = float32(scale)
     most = configured = 0
     for b in range(counts_B.size):
         most = max(most, starts_B[b] + counts_B[b] - _first_key(starts_B[b], window))
-    at_once = _TILES_AT_ONCE * KEYS
-    most = (most + at_once - 1) // at_once * at_once
+    most = (most + _KEYS_AT_ONCE - 1) // _KEYS_AT_ONCE * _KEYS_AT_ONCE
     row_width = most + KEYS  # rows must not lie a power of two apart
-    key_words, value_words = np.empty(most * size // 2, np.uint32), np.empty(most * size // 2, np.uint32)
     scores, weights = np.empty(ROWS * row_width, np.float32), np.empty(ROWS * row_width, np.uint16)
     shares, sums = np.empty(ROWS, np.float32), np.empty(ROWS * size, np.float32)
     room = (scores, weights, shares, sums)
+    copies = copies_of(most, size)
     for b in range(counts_B.size):
         count, start = counts_B[b], starts_B[b]
         begin = _first_key(start, window)
@@ -216,27 +193,13 @@ def attend(
             configured = num_rows
         for k in range(key_heads):
             head_at = k * num_slots * size
-            for stretch in range(num_stretches):
-                # what comes soon: of this key head, of the next one, or of the next span
-                soon = stretch + _AHEAD
-                if soon < num_stretches:
-                    _fetch(keys, values, head_at + slots_N[table + soon] * size, size)
-                elif k + 1 < key_heads:
-                    soon = min(soon - num_stretches, num_stretches - 1)
-                    _fetch(keys, values, head_at + (num_slots + slots_N[table + soon]) * size, size)
-                else:
-                    soon = min(next_table + soon - num_stretches, slots_N.size - 1)
-                    _fetch(keys, values, slots_N[soon] * size, size)
-                at = head_at + slots_N[table + stretch] * size
-                _lay_out(keys, values, at, key_words, value_words, stretch, size)
-            if num_stretches % 2:
-                half = KEYS // 2 * size
-                value_words[num_stretches * half : (num_stretches + 1) * half] = uint32(0)
-            laid_out = (key_words, value_words, begin)
+            next_head = (head_at + num_slots * size, table) if k + 1 < key_heads else (0, next_table)
+            seen = (keys, values, places_N, head_at, table, next_head[0], next_head[1], copies[0], copies[1])
+            make_ready(seen, num_stretches, size)
             if count == 1:
                 head = k * group * size
                 _attend_tile(
-                    rows, firsts_B[b] * width + head, size, num_rows, laid_out, (start + 1, 0, window, factor),
+                    rows, firsts_B[b] * width + head, size, num_rows, seen, (begin, start + 1, 0, window, factor),
                     room, row_width, size, outs, firsts_B[b] * out_width + head, size,
                 )  # fmt: skip
                 continue
@@ -246,7 +209,8 @@ def attend(
                     offset = min(token, count - num_rows)
                     row = firsts_B[b] + offset
                     _attend_tile(
-                        rows, row * width + head, width, num_rows, laid_out, (start + offset + 1, 1, window, factor),
-                        room, row_width, size, outs, row * out_width + head, out_width,
+                        rows, row * width + head, width, num_rows, seen,
+                        (begin, start + offset + 1, 1, window, factor), room, row_width, size,
+                        outs, row * out_width + head, out_width,
                     )  # fmt: skip
     release()

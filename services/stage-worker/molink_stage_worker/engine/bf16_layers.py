@@ -20,10 +20,10 @@ from numba import float32, float64, int64, types, uint8, uint16
 from numba.extending import intrinsic
 
 from molink_stage_worker.engine import bf16_attention, bf16_unit
-from molink_stage_worker.engine.bf16_attention import attend
+from molink_stage_worker.engine.bf16_attention import attend, rotate_and_store
 from molink_stage_worker.engine.bf16_unit import ROWS, multiply
 from molink_stage_worker.engine.compiling import jit
-from molink_stage_worker.engine.kernels import norm, rotate_and_store
+from molink_stage_worker.engine.kernels import norm
 from molink_stage_worker.engine.product_ends import Then
 
 

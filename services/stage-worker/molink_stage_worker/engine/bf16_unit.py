@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numba import float32, int64, uint8, uint16
 
-from molink_stage_worker.engine import amx_products, amx_tiles, dot_products
+from molink_stage_worker.engine import amx_attention, amx_products, amx_tiles, dot_products
 from molink_stage_worker.engine.compiling import jit
 from molink_stage_worker.engine.processor import has_pairs, has_tiles
 from molink_stage_worker.engine.product_ends import Then
@@ -44,8 +44,11 @@ def _release_nothing() -> None:
 
 
 multiply = amx_products.multiply if _HAS_TILES else dot_products.multiply
-score = amx_products.score if _HAS_TILES else dot_products.score
-add_up = amx_products.add_up if _HAS_TILES else dot_products.add_up
+copies_of = amx_attention.copies_of if _HAS_TILES else dot_products.copies_of
+make_ready = amx_attention.make_ready if _HAS_TILES else dot_products.make_ready
+"""Before `score` and `add_up` of a key head's queries; `amx_attention` says what is seen."""
+score = amx_attention.score if _HAS_TILES else dot_products.score
+add_up = amx_attention.add_up if _HAS_TILES else dot_products.add_up
 configure = amx_tiles.configure if _HAS_TILES else _configure_nothing
 """Before `score` and `add_up`: the one of `configurations` for their number of rows."""
 release = amx_tiles.release if _HAS_TILES else _release_nothing

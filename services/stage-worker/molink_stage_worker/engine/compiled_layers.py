@@ -53,13 +53,15 @@ class CompiledLayer(LeanLayer):
         self.norm_weights = tuple(self._weights.get(norm, _NOTHING) for norm in norms)
         """Before attention, after it, of queries, of keys; empty where there is none."""
         self.epsilon = norms[0].variance_epsilon
-        self._is_bf16 = norms[0].weight.dtype is torch.bfloat16 and bf16_attention.is_ready()
+        # settled here once, since it settles how keys lie in the store, too; the loops have one thread
+        is_bf16 = norms[0].weight.dtype is torch.bfloat16 and bf16_attention.is_ready()
+        self._may_attend_in_bf16 = is_bf16 and torch.get_num_threads() == 1
 
     def attends_in_bf16(self, block_size: int) -> bool:
-        """Whether attention over blocks of that size may be left to `bf16_attention`, which has one thread."""
+        """Whether attention over blocks of that size is `bf16_attention`'s."""
         group = self.num_queries // self.num_keys
         comes_out_even = bf16_attention.can_attend(head_size=self.head_size, group=group, block_size=block_size)
-        return self._is_bf16 and comes_out_even and torch.get_num_threads() == 1
+        return self._may_attend_in_bf16 and comes_out_even
 
     def angles_of(self, angles: tuple[torch.Tensor, torch.Tensor]) -> tuple[Any, Any]:
         """Cosines and sines of a step's positions as arrays ``[T, F]``."""
@@ -77,9 +79,11 @@ class CompiledLayer(LeanLayer):
         store = self._store(rows_TW, paged)
         cos_TF, sin_TF = self.angles_of(angles) if self.turns else (_NO_ANGLES, _NO_ANGLES)
         weights = (*self.norm_weights[2:], self.epsilon)
-        kernels.rotate_and_store(kernels.array_of(rows_TW), cos_TF, sin_TF, *weights, plan.slots, *store.arrays)
+        in_bf16 = self.attends_in_bf16(plan.block_size)
+        rotate_and_store = bf16_attention.rotate_and_store if in_bf16 else kernels.rotate_and_store
+        rotate_and_store(kernels.array_of(rows_TW), cos_TF, sin_TF, *weights, plan.slots, *store.arrays)
         found_TI = rows_TW.new_empty(rows_TW.shape[0], self.num_queries * self.head_size)
-        if self.attends_in_bf16(plan.block_size):
+        if in_bf16:
             self._attend_in_bf16(rows_TW, plan, store, found_TI)
         elif torch.get_num_threads() > 1 and plan.token_reads().num_keys > _KEYS_FOR_ONE_THREAD:
             reads = plan.reads(self.sliding_window)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from molink_stage_worker.engine.compiling import jit
-from molink_stage_worker.engine.dots import MOST_ROWS, VECTOR_BYTES, dots_2, dots_4, stream_4
+from molink_stage_worker.engine.dots import MOST_ROWS, VECTOR_BYTES, dots_1, dots_4, more_dots_2, more_dots_4
 from molink_stage_worker.engine.product_ends import finish
 from molink_stage_worker.engine.vectors import LANES
 
@@ -22,9 +22,8 @@ BLOCK = 64
 _PAIR_NUMBERS = 2 * BLOCK
 _AHEAD = 256
 """How many numbers before their turn weights are fetched, where each is read once. More makes a few rows slower."""
-_NEVER = 1 << 40
-_TWO_VECTORS = 2 * LANES
-_STRETCHES_AT_ONCE = 4
+_STRETCHES_AHEAD = 3
+"""How many stretches before their turn keys and values are fetched: they lie anywhere in memory."""
 
 
 @jit
@@ -48,8 +47,8 @@ def multiply(
         for turn in range(turns):
             rows = (num_tokens - first) // (turns - turn)
             fetch_at = at + _AHEAD if turns == 1 else at + block_numbers + turn * part
-            stream_4(rows, x, first * num_inputs, num_inputs, weights, at, VECTOR_BYTES, 2 * _PAIR_NUMBERS, pairs,
-                     fetch_at, turns, sums, 0, BLOCK)  # fmt: skip
+            dots_4(rows, x, first * num_inputs, num_inputs, weights, at, 2 * _PAIR_NUMBERS, pairs,
+                   weights, fetch_at, turns, sums, 0, BLOCK)  # fmt: skip
             for row in range(rows):
                 for vector in range(0, BLOCK, LANES):
                     to = (first + row) * num_outputs + column + vector
@@ -58,30 +57,65 @@ def multiply(
 
 
 @jit
+def copies_of(_num_keys: Any, _size: Any) -> Any:
+    """See `amx_attention`: keys and values are read where they lie."""
+    nothing = np.empty(0, np.uint32)
+    return nothing, nothing
+
+
+@jit
+def make_ready(_seen: Any, _num_stretches: Any, _size: Any) -> None:
+    """See `amx_attention`."""
+
+
+@jit
 def score(
-    rows: Any, first: Any, apart: Any, num_rows: Any, key_words: Any, num_stretches: Any, size: Any, scores: Any,
-    width: Any,
-) -> None:  # fmt: skip
-    """See `amx_products.score`."""
-    step = size // 2 * LANES
+    rows: Any, first: Any, apart: Any, num_rows: Any, seen: Any, num_stretches: Any, size: Any, scores: Any, width: Any
+) -> None:
+    """Scores, not scaled yet, of a tile of queries, which begin at number `first` and lie `apart`, `width` apart.
+
+    The last turns fetch the first values.
+    """
+    keys, values, places_N, head_at, table = seen[:5]
     turns = (num_rows + MOST_ROWS - 1) // MOST_ROWS
-    for stretch in range(0, num_stretches, _STRETCHES_AT_ONCE):
+    for stretch in range(num_stretches):
+        soon = stretch + _STRETCHES_AHEAD
+        far = keys if soon < num_stretches else values
+        soon = soon if soon < num_stretches else min(soon - num_stretches, num_stretches - 1)
+        fetch_at = head_at + places_N[table + soon]
+        at = head_at + places_N[table + stretch]
         row = 0
         for turn in range(turns):
             count = (num_rows - row) // (turns - turn)
-            dots_4(count, rows, first + row * apart, apart, key_words, stretch * step, 4 * step, VECTOR_BYTES,
-                   size // 2, 0, _NEVER, scores, row * width + stretch * LANES, width)  # fmt: skip
+            dots_1(count, rows, first + row * apart, apart, keys, at, VECTOR_BYTES, size // 2,
+                   far, fetch_at, 1, scores, row * width + stretch * LANES, width)  # fmt: skip
             row += count
 
 
 @jit
-def add_up(weights: Any, width: Any, num_rows: Any, value_words: Any, num_stretches: Any, size: Any, sums: Any) -> None:
-    """See `amx_products.add_up`."""
+def add_up(weights: Any, width: Any, num_rows: Any, seen: Any, num_stretches: Any, size: Any, sums: Any) -> None:
+    """Of a tile of rows, the values by their weights. The last turns fetch the next head's first keys."""
+    keys, values, places_N, head_at, table, next_head_at, next_table = seen[:7]
     turns = (num_rows + MOST_ROWS - 1) // MOST_ROWS
-    for column in range(0, size, _TWO_VECTORS):
+    sums[: num_rows * size] = np.float32(0.0)
+    for stretch in range(num_stretches):
+        soon = stretch + _STRETCHES_AHEAD
+        if soon < num_stretches:
+            far, fetch_at = values, head_at + places_N[table + soon]
+        else:
+            far = keys
+            fetch_at = next_head_at + places_N[min(next_table + soon - num_stretches, places_N.size - 1)]
+        at = head_at + places_N[table + stretch]
         row = 0
         for turn in range(turns):
             count = (num_rows - row) // (turns - turn)
-            dots_2(count, weights, row * width, width, value_words, column, VECTOR_BYTES, 4 * size,
-                   num_stretches * LANES // 2, 0, _NEVER, sums, row * size + column, size)  # fmt: skip
+            from_, to = row * width + stretch * LANES, row * size
+            column = 0
+            while column + BLOCK <= size:
+                more_dots_4(count, weights, from_, width, values, at + 2 * column, 4 * size, LANES // 2,
+                            far, fetch_at + LANES * column, 1, sums, to + column, size)  # fmt: skip
+                column += BLOCK
+            if column < size:
+                more_dots_2(count, weights, from_, width, values, at + 2 * column, 4 * size, LANES // 2,
+                            far, fetch_at + LANES * column, 1, sums, to + column, size)  # fmt: skip
             row += count

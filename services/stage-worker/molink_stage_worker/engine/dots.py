@@ -26,38 +26,39 @@ _PAIRS = ir.VectorType(ir.IntType(32), LANES)
 _PLACE = ir.IntType(64)
 
 
-def _dots(num_vectors: int, *, fetches: bool) -> Any:
+def _dots(num_vectors: int, *, goes_on: bool = False) -> Any:
     """An intrinsic: sums of 1 to 6 rows of activations with so many vectors of weights, over all `pairs`.
 
-    Rows of activations lie `x_apart` numbers apart, vectors of weights `vectors_apart` bytes, those of the next pair
-    `pairs_apart` bytes, rows of sums `sums_apart` numbers. With `fetches`, as many cache lines as there are vectors
-    are fetched every `fetch_every` pairs, from number `fetch_at` of the weights on.
+    Vectors of weights lie side by side, those of the next pair `pairs_apart` bytes further; rows of activations lie
+    `x_apart` numbers apart, rows of sums `sums_apart`. Sums that go on begin with what is there. As many cache lines as
+    there are vectors are fetched every `fetch_every` pairs, from number `fetch_at` of the array `far` on.
     """
 
     @intrinsic
     def dots(  # noqa: PLR0917  numba takes no names
         _context: Any, num_rows: Any, x: Any, x_at: Any, x_apart: Any, weights: Any, weights_at: Any,
-        vectors_apart: Any, pairs_apart: Any, pairs: Any, fetch_at: Any, fetch_every: Any,
+        pairs_apart: Any, pairs: Any, far: Any, fetch_at: Any, fetch_every: Any,
         sums: Any, sums_at: Any, sums_apart: Any,
     ) -> Any:  # fmt: skip
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             for count in range(1, MOST_ROWS + 1):
                 with builder.if_then(builder.icmp_signed("==", arguments[0], _PLACE(count))):
-                    _of_rows(count, num_vectors, fetches, context, builder, signature.args[1:], arguments[1:])
+                    _of_rows(count, num_vectors, goes_on, context, builder, signature.args[1:], arguments[1:])
             return context.get_dummy_value()
 
-        return types.none(int64, x, int64, int64, weights, *(int64,) * 6, sums, int64, int64), generate
+        kinds = (int64, x, int64, int64, weights, int64, int64, int64, far, int64, int64, sums, int64, int64)
+        return types.none(*kinds), generate
 
     return dots
 
 
 def _of_rows(
-    num_rows: int, num_vectors: int, fetches: bool, context: Any, builder: Any, kinds: Any, arguments: Any
+    num_rows: int, num_vectors: int, goes_on: bool, context: Any, builder: Any, kinds: Any, arguments: Any
 ) -> None:
     """Write the sums of that many rows down; `arguments`, of `kinds`, are those of the intrinsic."""
-    (x, x_at, x_apart, weights, weights_at, vectors_apart, pairs_apart, pairs,
-     fetch_at, fetch_every, sums, sums_at, sums_apart) = arguments  # fmt: skip
-    x_kind, weights_kind, sums_kind = kinds[0], kinds[3], kinds[10]
+    (x, x_at, x_apart, weights, weights_at, pairs_apart, pairs, far, fetch_at, fetch_every,
+     sums, sums_at, sums_apart) = arguments  # fmt: skip
+    x_kind, weights_kind, far_kind, sums_kind = kinds[0], kinds[3], kinds[7], kinds[10]
     function_type = ir.FunctionType(_FLOATS, [_FLOATS, _PAIRS, _PAIRS])
     add = cgutils.get_or_insert_function(builder.module, function_type, "llvm.x86.avx512bf16.dpbf16ps.512")
 
@@ -66,31 +67,35 @@ def _of_rows(
 
     rows = [row_at(x_kind, x, x_at, x_apart, row) for row in range(num_rows)]
     first = address_in(context, builder, weights_kind, weights, weights_at)
-    far = address_in(context, builder, weights_kind, weights, fetch_at)
+    far = address_in(context, builder, far_kind, far, fetch_at)
+    sums_of = [row_at(sums_kind, sums, sums_at, sums_apart, row) for row in range(num_rows)]
+
+    def vector_of(row: int, vector: int) -> Any:
+        return builder.bitcast(builder.gep(sums_of[row], [_PLACE(VECTOR_BYTES * vector)]), _FLOATS.as_pointer())
+
     zero = ir.Constant(_FLOATS, [0.0] * LANES)
     # LLVM makes registers of them
     kept = [[cgutils.alloca_once(builder, _FLOATS) for _ in range(num_vectors)] for _ in range(num_rows)]
     fetched, wait = (cgutils.alloca_once(builder, _PLACE) for _ in range(2))
     for place in (fetched, wait):
         builder.store(_PLACE(0), place)
-    for kept_V in kept:
-        for sum_ in kept_V:
-            builder.store(zero, sum_)
+    for row, kept_V in enumerate(kept):
+        for vector, sum_ in enumerate(kept_V):
+            builder.store(builder.load(vector_of(row, vector), align=4) if goes_on else zero, sum_)
     with cgutils.for_range(builder, pairs) as loop:
-        if fetches:
-            with builder.if_then(builder.icmp_signed("==", builder.load(wait), _PLACE(0))):
-                line = builder.load(fetched)
-                for _ in range(num_vectors):
-                    prefetch_at(builder, builder.gep(far, [line]), is_near=False)
-                    line = builder.add(line, _PLACE(VECTOR_BYTES))
-                builder.store(line, fetched)
-                builder.store(fetch_every, wait)
-            builder.store(builder.sub(builder.load(wait), _PLACE(1)), wait)
+        with builder.if_then(builder.icmp_signed("==", builder.load(wait), _PLACE(0))):
+            line = builder.load(fetched)
+            for _ in range(num_vectors):
+                prefetch_at(builder, builder.gep(far, [line]), is_near=False)
+                line = builder.add(line, _PLACE(VECTOR_BYTES))
+            builder.store(line, fetched)
+            builder.store(fetch_every, wait)
+        builder.store(builder.sub(builder.load(wait), _PLACE(1)), wait)
         at = builder.mul(loop.index, pairs_apart)
         vectors = []
         for _ in range(num_vectors):
             vectors.append(builder.load(builder.bitcast(builder.gep(first, [at]), _PAIRS.as_pointer()), align=4))
-            at = builder.add(at, vectors_apart)
+            at = builder.add(at, _PLACE(VECTOR_BYTES))
         for row, kept_V in zip(rows, kept, strict=True):
             pair = builder.gep(row, [builder.mul(loop.index, _PLACE(4))])
             pair = builder.load(builder.bitcast(pair, ir.IntType(32).as_pointer()), align=2)
@@ -99,13 +104,11 @@ def _of_rows(
             for sum_, vector in zip(kept_V, vectors, strict=True):
                 builder.store(builder.call(add, [builder.load(sum_), everywhere, vector]), sum_)
     for row, kept_V in enumerate(kept):
-        to = row_at(sums_kind, sums, sums_at, sums_apart, row)
         for vector, sum_ in enumerate(kept_V):
-            address = builder.bitcast(builder.gep(to, [_PLACE(VECTOR_BYTES * vector)]), _FLOATS.as_pointer())
-            builder.store(builder.load(sum_), address, align=4)
+            builder.store(builder.load(sum_), vector_of(row, vector), align=4)
 
 
-stream_4 = _dots(4, fetches=True)
-"""Of four vectors, while what is needed later is fetched."""
-dots_4 = _dots(4, fetches=False)
-dots_2 = _dots(2, fetches=False)
+dots_4 = _dots(4)
+dots_1 = _dots(1)
+more_dots_4 = _dots(4, goes_on=True)
+more_dots_2 = _dots(2, goes_on=True)

@@ -106,11 +106,34 @@ def rotate_and_store(
     keys_KSD: Any,
     values_KSD: Any,
 ) -> None:
-    """Norm and turn queries and keys where they lie, then put keys and values into their slots.
+    """`rotate`, then put keys and values into their slots."""
+    key_heads, _, size = keys_KSD.shape
+    rotate(rows_TW, cos_TF, sin_TF, query_norm_D, key_norm_D, epsilon, key_heads, size)
+    query_heads = rows_TW.shape[1] // size - 2 * key_heads
+    for t in range(rows_TW.shape[0]):
+        for k in range(key_heads):
+            key = (query_heads + k) * size
+            value = key + key_heads * size
+            for i in range(size):
+                keys_KSD[k, slots_T[t], i] = rows_TW[t, key + i]
+                values_KSD[k, slots_T[t], i] = rows_TW[t, value + i]
+
+
+@jit
+def rotate(
+    rows_TW: Any,
+    cos_TF: Any,
+    sin_TF: Any,
+    query_norm_D: Any,
+    key_norm_D: Any,
+    epsilon: Any,
+    key_heads: Any,
+    size: Any,
+) -> None:
+    """Norm and turn queries and keys where they lie.
 
     Weights and angles are float32; empty ones mean that there is no such norm, or that nothing is turned.
     """
-    key_heads, _, size = keys_KSD.shape
     query_heads = rows_TW.shape[1] // size - 2 * key_heads
     half = size // 2
     for t in range(rows_TW.shape[0]):
@@ -127,12 +150,6 @@ def rotate_and_store(
                     high_cos = widen(narrow(high * cos_TF[t, i], row[i]))
                     row[i] = narrow(low_cos - high * sin_TF[t, i], row[i])
                     row[half + i] = narrow(high_cos + low * sin_TF[t, i], row[i])
-        for k in range(key_heads):
-            key = (query_heads + k) * size
-            value = key + key_heads * size
-            for i in range(size):
-                keys_KSD[k, slots_T[t], i] = rows_TW[t, key + i]
-                values_KSD[k, slots_T[t], i] = rows_TW[t, value + i]
 
 
 @jit

@@ -7,6 +7,8 @@ Heads come first, so that each head's keys of a block are one run of memory, whe
 Layers differ in their shapes, and keys differ from values (multi-head latent attention), so each layer's
 tensors are made when its first keys arrive. They are not cleared when made: pages that no token has touched cost
 nothing. Blocks are cleared when they are given out and not filled at once.
+
+Attention in bfloat16 orders the numbers of each 16 slots in a way of its own (see `bf16_attention`).
 """
 
 from __future__ import annotations

@@ -87,22 +87,17 @@ def write_scaled(_context: Any, sums: Any, at: Any, factor: Any, outs: Any, to: 
 
 
 @intrinsic
-def write_pairs(_context: Any, numbers: Any, low: Any, high: Any, words: Any, to: Any) -> Any:
-    """16 numbers from `low` on and 16 from `high` on, as halves of 16 words."""
+def copy_vector(_context: Any, array: Any, at: Any, other: Any, to: Any) -> Any:
+    """64 bytes from a place of `array` to a place of `other`, whatever their numbers are."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        halves = (
-            builder.zext(
-                builder.load(_place(builder, context, signature.args[0], arguments[0], at, _HALVES), align=2), _WORDS
-            )
-            for at in arguments[1:3]
-        )
-        low, high = halves
-        there = _place(builder, context, signature.args[3], arguments[3], arguments[4], _WORDS)
-        builder.store(builder.or_(low, builder.shl(high, constant(_WORDS, 16))), there, align=4)
+        there = _place(builder, context, signature.args[0], arguments[0], arguments[1], _WORDS)
+        words = builder.load(there, align=2)
+        there = _place(builder, context, signature.args[2], arguments[2], arguments[3], _WORDS)
+        builder.store(words, there, align=2)
         return context.get_dummy_value()
 
-    return types.none(numbers, int64, int64, words, int64), generate
+    return types.none(array, int64, other, int64), generate
 
 
 @intrinsic
