@@ -48,7 +48,7 @@ def test_a_product_and_what_follows(rows: int, outputs: int, inputs: int, with_b
     bias = torch.randn(outputs) if with_bias else None
     _owner, numbers = packed(weight)
     multiply(
-        bf16_unit.configurations()[min(rows, bf16_unit.ROWS)], bits(x), numbers,
+        (np.zeros(16, np.int64), 1, 0), bf16_unit.configurations()[min(rows, bf16_unit.ROWS)], bits(x), numbers,
         NO_BIAS if bias is None else bias.numpy(), int(then), bits(other), (written := bits(out)),
         rows, inputs, outputs,
     )  # fmt: skip
@@ -126,7 +126,7 @@ class Step:
         out_TQ = torch.full((len(self.rows_TW), self.group * key_heads * size), torch.nan).bfloat16()
         assert bf16_attention.is_ready()
         bf16_attention.attend(
-            bf16_unit.configurations(), kernels.array_of(self.rows_TW),
+            np.zeros(16, np.int64), 1, bf16_unit.configurations(), kernels.array_of(self.rows_TW),
             reads.firsts_B, reads.counts_B, reads.starts_B, reads.tables_B, reads.slots_N, window, 0.2,
             *self.stored(), kernels.array_of(out_TQ),
         )  # fmt: skip
@@ -260,6 +260,32 @@ def test_a_stack_computes_what_its_layers_compute(name: str, block_size: int, mo
         found.append(hidden_after_steps(model, steps, block_size))
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0.03, atol=0.03)
+
+
+@needs_unit
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_share_a_step_to_the_same_bits(threads: int) -> None:
+    if threads > bf16_unit.MOST_THREADS:
+        pytest.skip("steps of this processor have one thread")
+    steps = [
+        [Entry(sequence=0, start=0, count=33, opens=True, new_blocks=(7, 1, 5))],
+        [Entry(sequence=0, start=33, count=1), Entry(sequence=1, start=0, count=9, opens=True, new_blocks=(2,))],
+        [Entry(sequence=one, start=34 if one == 0 else 9, count=1) for one in (0, 1)],
+    ]
+    found = []
+    for number in (1, threads):
+        torch.set_num_threads(number)
+        try:
+            torch.manual_seed(3)
+            model = MODELS["qwen3"]().bfloat16().eval()
+            model.set_attn_implementation(ATTENTION_NAME)
+            make_lean(model)
+            assert isinstance(model.base_model.layers[0], LayerStack)
+            found.append(hidden_after_steps(model, steps, 16))
+        finally:
+            torch.set_num_threads(1)
+    for alone, together in zip(*found, strict=True):
+        assert torch.equal(alone, together)
 
 
 @needs_unit

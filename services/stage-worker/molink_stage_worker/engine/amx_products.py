@@ -43,13 +43,15 @@ from molink_stage_worker.engine.amx_tiles import (
     store_3,
 )
 from molink_stage_worker.engine.compiling import jit
-from molink_stage_worker.engine.product_ends import finish
+from molink_stage_worker.engine.product_ends import Then, finish
+from molink_stage_worker.engine.team import claim, done, wait
 from molink_stage_worker.engine.vectors import fetch_line
 
 _AHEAD = 4 * BLOCK_NUMBERS
 """How far ahead of its turn a tile of each stream is fetched."""
 _TILE_WORDS = 256
 _TILES_AT_ONCE = 4
+_SILU, _TIMES = int(Then.SILU), int(Then.TIMES)
 
 
 @jit
@@ -174,16 +176,40 @@ def _of_more(
 
 @jit
 def multiply(
-    configuration: Any, x: Any, weights: Any, bias_O: Any, then: Any, others: Any, outs: Any,
-    num_tokens: Any, num_inputs: Any, num_outputs: Any,
+    phase: Any, configuration: Any, x: Any, weights: Any, bias_O: Any, then: Any, others: Any,
+    outs: Any, num_tokens: Any, num_inputs: Any, num_outputs: Any,
 ) -> None:  # fmt: skip
-    """``x W^T + bias``, then what `then` says, into `outs`, for one token or more.
+    """``x W^T + bias``, then what `then` says, into `outs`, for one token or more; a phase of one item.
 
     `configuration` is that of ``min(T, 16)`` rows.
 
     Some outputs may be computed twice, so what `then` reads of `others` must be memory of its own.
     Whoever else uses tiles in this thread has to configure them again.
     """
+    if claim(phase) == 0:
+        _multiply(configuration, x, weights, bias_O, then, others, outs, num_tokens, num_inputs, num_outputs)
+        done(phase)
+    wait(phase, 1)
+
+
+@jit
+def multiply_gate_and_up(
+    phase: Any, configuration: Any, x: Any, gate_weights: Any, gate_bias: Any, up_weights: Any,
+    up_bias: Any, gate: Any, up: Any, num_tokens: Any, num_inputs: Any, num_outputs: Any,
+) -> None:  # fmt: skip
+    """``silu(x G^T + bias) * (x U^T + bias)`` into `up`, as one phase of one item."""
+    if claim(phase) == 0:
+        _multiply(configuration, x, gate_weights, gate_bias, _SILU, gate, gate, num_tokens, num_inputs, num_outputs)
+        _multiply(configuration, x, up_weights, up_bias, _TIMES, gate, up, num_tokens, num_inputs, num_outputs)
+        done(phase)
+    wait(phase, 1)
+
+
+@jit
+def _multiply(
+    configuration: Any, x: Any, weights: Any, bias_O: Any, then: Any, others: Any, outs: Any,
+    num_tokens: Any, num_inputs: Any, num_outputs: Any,
+) -> None:  # fmt: skip
     if num_tokens <= ROWS:
         _of_16(configuration, x, weights, bias_O, then, others, outs, num_tokens, num_inputs, num_outputs)
     else:

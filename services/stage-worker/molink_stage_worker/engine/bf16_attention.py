@@ -33,6 +33,7 @@ from molink_stage_worker.engine.bf16_unit import (
 from molink_stage_worker.engine.compiling import jit
 from molink_stage_worker.engine.kernels import rotate
 from molink_stage_worker.engine.step_plan import KEYS_OF_A_STRETCH as KEYS
+from molink_stage_worker.engine.team import claim, done, phase, size_of_team, wait
 from molink_stage_worker.engine.vectors import largest_of, write_scaled, write_weights
 
 _KEYS_AT_ONCE = 4 * KEYS
@@ -53,7 +54,7 @@ def is_ready() -> bool:
     integers, rows, store = int64[::1], uint16[:, ::1], uint16[:, :, ::1]
     floats, angles = float32[::1], float32[:, ::1]
     rotate_and_store.compile((rows, angles, angles, floats, floats, float64, integers, store, store))
-    attend.compile((uint8[:, ::1], rows, *(integers,) * 5, int64, float64, store, store, rows))
+    attend.compile((integers, int64, uint8[:, ::1], rows, *(integers,) * 5, int64, float64, store, store, rows))
     return True
 
 
@@ -144,7 +145,32 @@ def _attend_tile(
 
 
 @partial(jit, nogil=True)
-def attend(
+def attend(  # noqa: PLR0917  numba takes no names
+    counters: Any,
+    team_size: Any,
+    tiles: Any,
+    rows_TW: Any,
+    firsts_B: Any,
+    counts_B: Any,
+    starts_B: Any,
+    tables_B: Any,
+    slots_N: Any,
+    window: Any,
+    scale: Any,
+    keys_KSD: Any,
+    values_KSD: Any,
+    out_TQ: Any,
+) -> None:
+    """`attend_in_phase` for a `team` that has nothing else to do."""
+    attend_in_phase(
+        phase(counters, team_size, 0), tiles, rows_TW, firsts_B, counts_B, starts_B, tables_B, slots_N, window, scale,
+        keys_KSD, values_KSD, out_TQ,
+    )  # fmt: skip
+
+
+@jit
+def attend_in_phase(  # noqa: PLR0917  numba takes no names
+    phase: Any,
     tiles: Any,
     rows_TW: Any,
     firsts_B: Any,
@@ -162,7 +188,7 @@ def attend(
 
     A span is `counts_B` tokens from row `firsts_B` on, the first of them at position `starts_B`, each of which looks
     back on `window` keys, its own included. Where each 16 keys of its sequence lie is in `slots_N`, from `tables_B` on.
-    `tiles` are `bf16_unit.configurations`.
+    `tiles` are `bf16_unit.configurations`. An item of the phase is one key head of one span.
     """
     key_heads, num_slots, size = keys_KSD.shape
     width, out_width = rows_TW.shape[1], out_TQ.shape[1]
@@ -179,30 +205,33 @@ def attend(
     shares, sums = np.empty(ROWS, np.float32), np.empty(ROWS * size, np.float32)
     room = (scores, weights, shares, sums)
     copies = copies_of(most, size)
-    for b in range(counts_B.size):
+    num_items = counts_B.size * key_heads
+    item = claim(phase)
+    while item < num_items:
+        b, k = item // key_heads, item % key_heads
         count, start = counts_B[b], starts_B[b]
         begin = _first_key(start, window)
         num_stretches = (start + count - begin + KEYS - 1) // KEYS
-        next_b = min(b + 1, counts_B.size - 1)
-        table = tables_B[b] + begin // KEYS
-        next_table = tables_B[next_b] + _first_key(starts_B[next_b], window) // KEYS
+        # what this thread will probably claim next
+        soon = min(item + size_of_team(phase), num_items - 1)
+        soon_b, soon_k = soon // key_heads, soon % key_heads
+        soon_table = tables_B[soon_b] + _first_key(starts_B[soon_b], window) // KEYS
         # a single token's tile holds the query heads of a key head; else a tile holds tokens, one query head's
         num_rows = group if count == 1 else min(count, ROWS)
         if num_rows != configured:
             configure(tiles[num_rows])
             configured = num_rows
-        for k in range(key_heads):
-            head_at = k * num_slots * size
-            next_head = (head_at + num_slots * size, table) if k + 1 < key_heads else (0, next_table)
-            seen = (keys, values, places_N, head_at, table, next_head[0], next_head[1], copies[0], copies[1])
-            make_ready(seen, num_stretches, size)
-            if count == 1:
-                head = k * group * size
-                _attend_tile(
-                    rows, firsts_B[b] * width + head, size, num_rows, seen, (begin, start + 1, 0, window, factor),
-                    room, row_width, size, outs, firsts_B[b] * out_width + head, size,
-                )  # fmt: skip
-                continue
+        head_at, soon_at = k * num_slots * size, soon_k * num_slots * size
+        table = tables_B[b] + begin // KEYS
+        seen = (keys, values, places_N, head_at, table, soon_at, soon_table, copies[0], copies[1])
+        make_ready(seen, num_stretches, size)
+        if count == 1:
+            head = k * group * size
+            _attend_tile(
+                rows, firsts_B[b] * width + head, size, num_rows, seen, (begin, start + 1, 0, window, factor),
+                room, row_width, size, outs, firsts_B[b] * out_width + head, size,
+            )  # fmt: skip
+        else:
             for head in range(k * group * size, (k + 1) * group * size, size):
                 for token in range(0, count, ROWS):
                     # the last rows may overlap with those before, to the same end
@@ -213,4 +242,8 @@ def attend(
                         (begin, start + offset + 1, 1, window, factor), room, row_width, size,
                         outs, row * out_width + head, out_width,
                     )  # fmt: skip
-    release()
+        done(phase)
+        item = claim(phase)
+    if configured:
+        release()
+    wait(phase, num_items)

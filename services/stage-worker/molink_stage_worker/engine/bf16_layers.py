@@ -20,11 +20,12 @@ from numba import float32, float64, int64, types, uint8, uint16
 from numba.extending import intrinsic
 
 from molink_stage_worker.engine import bf16_attention, bf16_unit
-from molink_stage_worker.engine.bf16_attention import attend, rotate_and_store
-from molink_stage_worker.engine.bf16_unit import ROWS, multiply
+from molink_stage_worker.engine.bf16_attention import attend_in_phase, rotate_and_store
+from molink_stage_worker.engine.bf16_unit import ROWS, multiply, multiply_gate_and_up
 from molink_stage_worker.engine.compiling import jit
 from molink_stage_worker.engine.kernels import norm
 from molink_stage_worker.engine.product_ends import Then
+from molink_stage_worker.engine.team import claim, done, phase, wait
 
 
 class Column(IntEnum):
@@ -53,7 +54,9 @@ class Column(IntEnum):
     """Whether queries and keys are rotated."""
 
 
-_NOTHING, _SILU, _TIMES, _PLUS = (int(then) for then in Then)
+PHASES = 7
+"""Of a layer, as a team shares it."""
+_NOTHING, _PLUS = int(Then.NOTHING), int(Then.PLUS)
 _QKV, _OUTPUT, _GATE, _UP, _DOWN = (int(column) for column in list(Column)[:5])
 _QKV_B, _OUTPUT_B, _GATE_B, _UP_B, _DOWN_B = (int(column) for column in list(Column)[5:10])
 _NORM_1, _NORM_2, _QUERY_NORM, _KEY_NORM = (int(column) for column in list(Column)[10:14])
@@ -94,14 +97,13 @@ def _store(own: Any, key_heads: Any, num_slots: Any, head_size: Any) -> Any:
 
 
 @jit
-def _before_attention(  # noqa: PLR0917  numba takes no names
+def _project(
+    clearing: Any,
+    projecting: Any,
     tiles: Any,
     own: Any,
     hidden_TH: Any,
     epsilon: Any,
-    cos_TF: Any,
-    sin_TF: Any,
-    slots_T: Any,
     cleared: Any,
     block_size: Any,
     key_heads: Any,
@@ -109,57 +111,86 @@ def _before_attention(  # noqa: PLR0917  numba takes no names
     num_slots: Any,
     rows_TW: Any,
 ) -> None:
-    """Queries, keys and values of the layer of row `own` into `rows_TW`, turned; keys and values into the store.
-
-    `cleared` are blocks to be emptied before. The rest is as `kernels` and `bf16_unit` take it.
-    """
+    """Queries, keys and values of the layer of row `own` into `rows_TW`; one thread empties the blocks `cleared`."""
     tokens, size = hidden_TH.shape
     width = rows_TW.shape[1]
-    keys_KSD, values_KSD = _store(own, key_heads, num_slots, head_size)
-    for block in cleared:
-        keys_KSD[:, block * block_size : (block + 1) * block_size] = 0
-        values_KSD[:, block * block_size : (block + 1) * block_size] = 0
+    if claim(clearing) == 0:
+        keys_KSD, values_KSD = _store(own, key_heads, num_slots, head_size)
+        for block in cleared:
+            keys_KSD[:, block * block_size : (block + 1) * block_size] = 0
+            values_KSD[:, block * block_size : (block + 1) * block_size] = 0
+        done(clearing)
     normed_TH = np.empty((tokens, size), np.uint16)
     norm(hidden_TH, _floats(own[_NORM_1], size), epsilon, normed_TH)
     rows, normed = rows_TW.reshape(-1), normed_TH.reshape(-1)
     weights, bias = _numbers(own[_QKV], width * size), _floats(own[_QKV_B], width)
-    multiply(tiles, normed, weights, bias, _NOTHING, rows, rows, tokens, size, width)
-    no_angles = np.empty((0, 0), np.float32)
-    rotate_and_store(
-        rows_TW,
-        cos_TF if own[_TURNS] else no_angles,
-        sin_TF if own[_TURNS] else no_angles,
-        _floats(own[_QUERY_NORM], head_size),
-        _floats(own[_KEY_NORM], head_size),
-        epsilon,
-        slots_T,
-        keys_KSD,
-        values_KSD,
-    )
+    multiply(projecting, tiles, normed, weights, bias, _NOTHING, rows, rows, tokens, size, width)
+    wait(clearing, 1)
 
 
 @jit
-def _after_attention(tiles: Any, own: Any, hidden_TH: Any, epsilon: Any, found_TQ: Any, inner: Any) -> None:
-    """The rest of the layer of row `own`: takes `hidden_TH`, what went into it, to what comes out of it."""
+def _rotate_and_store(
+    phase: Any,
+    own: Any,
+    epsilon: Any,
+    cos_TF: Any,
+    sin_TF: Any,
+    slots_T: Any,
+    key_heads: Any,
+    head_size: Any,
+    num_slots: Any,
+    rows_TW: Any,
+) -> None:
+    """Turn queries and keys of the layer of row `own`, and put keys and values into the store: a token is an item."""
+    keys_KSD, values_KSD = _store(own, key_heads, num_slots, head_size)
+    query_norm, key_norm = _floats(own[_QUERY_NORM], head_size), _floats(own[_KEY_NORM], head_size)
+    no_angles = np.empty((0, 0), np.float32)
+    t = claim(phase)
+    while t < slots_T.size:
+        rotate_and_store(
+            rows_TW[t : t + 1],
+            cos_TF[t : t + 1] if own[_TURNS] else no_angles,
+            sin_TF[t : t + 1] if own[_TURNS] else no_angles,
+            query_norm,
+            key_norm,
+            epsilon,
+            slots_T[t : t + 1],
+            keys_KSD,
+            values_KSD,
+        )
+        done(phase)
+        t = claim(phase)
+    wait(phase, slots_T.size)
+
+
+@jit
+def _after_attention(
+    attended: Any, gated: Any, ending: Any, tiles: Any, own: Any, hidden_TH: Any, epsilon: Any, found_TQ: Any,
+    room: Any, inner: Any,
+) -> None:  # fmt: skip
+    """The rest of the layer of row `own`, three phases: takes `hidden_TH`, what went into it, to what comes out of it.
+
+    `room` is memory for T × (H + 2 I) numbers.
+    """
     tokens, size = hidden_TH.shape
     queries = found_TQ.shape[1]
-    after_TH, normed_TH = np.empty((tokens, size), np.uint16), np.empty((tokens, size), np.uint16)
-    gate, up = np.empty(tokens * inner, np.uint16), np.empty(tokens * inner, np.uint16)
+    normed_TH = np.empty((tokens, size), np.uint16)
+    after, gate, up = room[: tokens * size], room[tokens * size :], room[tokens * (size + inner) :]
     hidden, found, normed = hidden_TH.reshape(-1), found_TQ.reshape(-1), normed_TH.reshape(-1)
-    after = after_TH.reshape(-1)
     w_output, b_output = _numbers(own[_OUTPUT], size * queries), _floats(own[_OUTPUT_B], size)
     w_gate, b_gate = _numbers(own[_GATE], inner * size), _floats(own[_GATE_B], inner)
     w_up, b_up = _numbers(own[_UP], inner * size), _floats(own[_UP_B], inner)
     w_down, b_down = _numbers(own[_DOWN], size * inner), _floats(own[_DOWN_B], size)
-    multiply(tiles, found, w_output, b_output, _PLUS, hidden, after, tokens, queries, size)
-    norm(after_TH, _floats(own[_NORM_2], size), epsilon, normed_TH)
-    multiply(tiles, normed, w_gate, b_gate, _SILU, gate, gate, tokens, size, inner)
-    multiply(tiles, normed, w_up, b_up, _TIMES, gate, up, tokens, size, inner)
-    multiply(tiles, up, w_down, b_down, _PLUS, after, hidden, tokens, inner, size)
+    multiply(attended, tiles, found, w_output, b_output, _PLUS, hidden, after, tokens, queries, size)
+    norm(after.reshape((tokens, size)), _floats(own[_NORM_2], size), epsilon, normed_TH)
+    multiply_gate_and_up(gated, tiles, normed, w_gate, b_gate, w_up, b_up, gate, up, tokens, size, inner)
+    multiply(ending, tiles, up, w_down, b_down, _PLUS, after, hidden, tokens, inner, size)
 
 
 @partial(jit, nogil=True)
 def layers(  # noqa: PLR0917  numba takes no names
+    counters: Any,
+    team_size: Any,
     tiles: Any,
     table_LC: Any,
     hidden_TH: Any,
@@ -179,23 +210,33 @@ def layers(  # noqa: PLR0917  numba takes no names
     tables_B: Any,
     slots_N: Any,
     scale: Any,
+    found_TQ: Any,
+    room: Any,
     inner: Any,
 ) -> None:
-    """Take `hidden_TH` through all layers, in place. `tiles` are `bf16_unit.configurations`."""
+    """Take `hidden_TH` through all layers, in place. `tiles` are `bf16_unit.configurations`.
+
+    To be called by each of a `team`; `rows_TW`, `found_TQ` and `room` are memory that they share.
+    """
     tokens = hidden_TH.shape[0]
-    found_TQ = np.empty((tokens, rows_TW.shape[1] - 2 * key_heads * head_size), np.uint16)
     of_products = tiles[min(tokens, ROWS)]
-    for own in table_LC:
-        _before_attention(
-            of_products, own, hidden_TH, epsilon, cos_TF, sin_TF, slots_T, cleared, block_size,
+    for layer in range(len(table_LC)):
+        own, first = table_LC[layer], layer * PHASES
+        clearing, projecting = phase(counters, team_size, first), phase(counters, team_size, first + 1)
+        storing, attending = phase(counters, team_size, first + 2), phase(counters, team_size, first + 3)
+        attended, gated = phase(counters, team_size, first + 4), phase(counters, team_size, first + 5)
+        ending = phase(counters, team_size, first + 6)
+        _project(
+            clearing, projecting, of_products, own, hidden_TH, epsilon, cleared, block_size,
             key_heads, head_size, num_slots, rows_TW,
         )  # fmt: skip
+        _rotate_and_store(storing, own, epsilon, cos_TF, sin_TF, slots_T, key_heads, head_size, num_slots, rows_TW)
         keys_KSD, values_KSD = _store(own, key_heads, num_slots, head_size)
-        attend(
-            tiles, rows_TW, firsts_B, counts_B, starts_B, tables_B, slots_N, own[_WINDOW], scale,
-            keys_KSD, values_KSD, found_TQ,
+        attend_in_phase(
+            attending, tiles, rows_TW, firsts_B, counts_B, starts_B, tables_B, slots_N,
+            own[_WINDOW], scale, keys_KSD, values_KSD, found_TQ,
         )  # fmt: skip
-        _after_attention(of_products, own, hidden_TH, epsilon, found_TQ, inner)
+        _after_attention(attended, gated, ending, of_products, own, hidden_TH, epsilon, found_TQ, room, inner)
 
 
 @cache
@@ -205,5 +246,6 @@ def are_ready() -> bool:
         return False
     integers, angles, rows = int64[::1], float32[:, ::1], uint16[:, ::1]
     before: Any = (angles, angles, integers, integers, int64, int64, int64, int64, rows)
-    layers.compile((uint8[:, ::1], int64[:, ::1], rows, float64, *before, *(integers,) * 5, float64, int64))
+    after: Any = (float64, rows, uint16[::1], int64)
+    layers.compile((integers, int64, uint8[:, ::1], int64[:, ::1], rows, float64, *before, *(integers,) * 5, *after))
     return True

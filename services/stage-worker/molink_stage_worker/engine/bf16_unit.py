@@ -9,7 +9,7 @@ Shapes: T tokens, I inputs, O outputs. bfloat16 as the integers of their bits.
 from __future__ import annotations
 
 import ctypes
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from numba import float32, int64, uint8, uint16
 from molink_stage_worker.engine import amx_attention, amx_products, amx_tiles, dot_products
 from molink_stage_worker.engine.compiling import jit
 from molink_stage_worker.engine.processor import has_pairs, has_tiles
-from molink_stage_worker.engine.product_ends import Then
+from molink_stage_worker.engine.team import phase, team_of
 
 MOST_ROWS = 256
 """More than that oneDNN computes as fast, or faster: 512 take it 126 ms on tiles where the loops here need 163."""
@@ -43,7 +43,10 @@ def _release_nothing() -> None:
     pass
 
 
+MOST_THREADS = 1 if _HAS_TILES else 256
+"""That share the work of a call. Tiles are so fast that one thread takes all that memory gives; more were not tried."""
 multiply = amx_products.multiply if _HAS_TILES else dot_products.multiply
+multiply_gate_and_up = amx_products.multiply_gate_and_up if _HAS_TILES else dot_products.multiply_gate_and_up
 copies_of = amx_attention.copies_of if _HAS_TILES else dot_products.copies_of
 make_ready = amx_attention.make_ready if _HAS_TILES else dot_products.make_ready
 """Before `score` and `add_up` of a key head's queries; `amx_attention` says what is seen."""
@@ -61,25 +64,55 @@ def is_here() -> bool:
     return _HAS_TILES or has_pairs()
 
 
+def may_share() -> bool:
+    """Whether this thread's number of torch threads may share the work of a call."""
+    return torch.get_num_threads() <= MOST_THREADS
+
+
 @cache
 def is_ready() -> bool:
     """Whether `product` can be used. Compiles, some seconds: not to be done by the first step."""
     if not is_here():
         return False
     numbers = uint16[::1]
-    multiply.compile((uint8[::1], numbers, numbers, float32[::1], int64, numbers, numbers, int64, int64, int64))
+    _product.compile((int64[::1], int64, uint8[::1], numbers, numbers, float32[::1], numbers, int64, int64, int64))
     return True
 
 
+@partial(jit, nogil=True)
+def _product(
+    counters: Any, team_size: Any, configuration: Any, x: Any, weights: Any, bias_O: Any, outs: Any,
+    num_tokens: Any, num_inputs: Any, num_outputs: Any,
+) -> None:  # fmt: skip
+    multiply(
+        phase(counters, team_size, 0),
+        configuration,
+        x,
+        weights,
+        bias_O,
+        0,
+        outs,
+        outs,
+        num_tokens,
+        num_inputs,
+        num_outputs,
+    )
+
+
 def product(x_TI: torch.Tensor, weights: Any, bias_O: Any, out_TO: torch.Tensor) -> None:
-    """``x W^T + bias`` into `out_TO`, for 1 to `MOST_ROWS` tokens. Tensors lie row after row, without gaps.
+    """``x W^T + bias`` into `out_TO`, for 1 to `MOST_ROWS` tokens, where `may_share` allows it.
+
+    Tensors lie row after row, without gaps.
 
     `weights` are those of `memory_of`; an empty bias, in float32, is none.
     """
     tokens, inputs = x_TI.shape
     x, out = (tensor.view(torch.uint16).numpy().reshape(-1) for tensor in (x_TI, out_TO))
     configuration = amx_tiles.configuration(min(tokens, ROWS))
-    multiply(configuration, x, weights, bias_O, int(Then.NOTHING), out, out, tokens, inputs, out_TO.shape[1])
+    team = team_of(torch.get_num_threads())
+    team.run(
+        _product, 1, team.size, configuration, x, weights, bias_O, out, tokens, inputs, out_TO.shape[1], owner=weights
+    )
 
 
 def memory_of(packed: torch.Tensor, weight_OI: torch.Tensor) -> Any:

@@ -16,6 +16,7 @@ from molink_stage_worker.engine.attention import Kind, PagedStep, attend, attend
 from molink_stage_worker.engine.kv_store import LayerStore
 from molink_stage_worker.engine.lean_layers import LeanLayer, Rotation
 from molink_stage_worker.engine.step_plan import StepPlan
+from molink_stage_worker.engine.team import team_of
 
 _KEYS_FOR_ONE_THREAD = 4_096
 """Compiled attention runs on one thread. Where torch has several, it is left to them from so many keys a layer on.
@@ -53,9 +54,9 @@ class CompiledLayer(LeanLayer):
         self.norm_weights = tuple(self._weights.get(norm, _NOTHING) for norm in norms)
         """Before attention, after it, of queries, of keys; empty where there is none."""
         self.epsilon = norms[0].variance_epsilon
-        # settled here once, since it settles how keys lie in the store, too; the loops have one thread
         is_bf16 = norms[0].weight.dtype is torch.bfloat16 and bf16_attention.is_ready()
-        self._may_attend_in_bf16 = is_bf16 and torch.get_num_threads() == 1
+        # settled here once, since it settles how keys lie in the store, too
+        self._may_attend_in_bf16 = is_bf16 and bf16_unit.may_share()
 
     def attends_in_bf16(self, block_size: int) -> bool:
         """Whether attention over blocks of that size is `bf16_attention`'s."""
@@ -94,10 +95,12 @@ class CompiledLayer(LeanLayer):
 
     def _attend_in_bf16(self, rows_TW: torch.Tensor, plan: StepPlan, store: LayerStore, found_TI: torch.Tensor) -> None:
         spans = plan.span_reads()
-        bf16_attention.attend(
-            bf16_unit.configurations(), kernels.array_of(rows_TW),
+        team = team_of(torch.get_num_threads())
+        team.run(
+            bf16_attention.attend, 1, team.size, bf16_unit.configurations(), kernels.array_of(rows_TW),
             spans.firsts_B, spans.counts_B, spans.starts_B, spans.tables_B, spans.slots_N,
             self.sliding_window or kernels.SEES_ALL, self.scaling, *store.arrays, kernels.array_of(found_TI),
+            owner=store,
         )  # fmt: skip
 
     def _attend_in_loops(

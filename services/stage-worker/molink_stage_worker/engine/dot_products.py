@@ -14,7 +14,8 @@ import numpy as np
 
 from molink_stage_worker.engine.compiling import jit
 from molink_stage_worker.engine.dots import MOST_ROWS, VECTOR_BYTES, dots_1, dots_4, more_dots_2, more_dots_4
-from molink_stage_worker.engine.product_ends import finish
+from molink_stage_worker.engine.product_ends import Then, finish
+from molink_stage_worker.engine.team import claim, done, size_of_team, wait
 from molink_stage_worker.engine.vectors import LANES
 
 BLOCK = 64
@@ -22,30 +23,28 @@ BLOCK = 64
 _PAIR_NUMBERS = 2 * BLOCK
 _AHEAD = 256
 """How many numbers before their turn weights are fetched, where each is read once. More makes a few rows slower."""
+_ITEMS_EACH = 4
+_SILU, _TIMES = int(Then.SILU), int(Then.TIMES)
 _STRETCHES_AHEAD = 3
 """How many stretches before their turn keys and values are fetched: they lie anywhere in memory."""
 
 
 @jit
-def multiply(
-    _configuration: Any, x: Any, weights: Any, bias_O: Any, then: Any, others: Any, outs: Any,
-    num_tokens: Any, num_inputs: Any, num_outputs: Any,
+def _multiply_blocks(
+    x: Any, weights: Any, bias_O: Any, then: Any, others: Any, outs: Any,
+    num_tokens: Any, num_inputs: Any, num_outputs: Any, first_block: Any, end_block: Any, sums: Any,
 ) -> None:  # fmt: skip
-    """``x W^T + bias``, then what `then` says, into `outs`, for one token or more.
-
-    The block of weights that is at hand is for all tokens, some at a time; meanwhile the next block is fetched, an
-    equal part each time. No configuration is looked at.
-    """
+    """Blocks of outputs, each for all tokens, some at a time; meanwhile the next block is fetched, by equal parts."""
     turns = (num_tokens + MOST_ROWS - 1) // MOST_ROWS
     pairs = num_inputs // 2
     block_numbers = pairs * _PAIR_NUMBERS
     part = (pairs + turns - 1) // turns * _PAIR_NUMBERS
-    sums = np.empty(MOST_ROWS * BLOCK, np.float32)
-    for column in range(0, num_outputs, BLOCK):
-        at = column // BLOCK * block_numbers
+    for block in range(first_block, end_block):
+        at, column = block * block_numbers, block * BLOCK
         first = 0
         for turn in range(turns):
             rows = (num_tokens - first) // (turns - turn)
+            # weights that are read only once are fetched just before their turn
             fetch_at = at + _AHEAD if turns == 1 else at + block_numbers + turn * part
             dots_4(rows, x, first * num_inputs, num_inputs, weights, at, 2 * _PAIR_NUMBERS, pairs,
                    weights, fetch_at, turns, sums, 0, BLOCK)  # fmt: skip
@@ -54,6 +53,58 @@ def multiply(
                     to = (first + row) * num_outputs + column + vector
                     finish(sums, row * BLOCK + vector, bias_O, column + vector, then, others, outs, to)
             first += rows
+
+
+@jit
+def _blocks_of_an_item(num_blocks: Any, team_size: Any) -> Any:
+    """All of them for one thread; else so few that nobody waits long for the last item, but neighbours if possible."""
+    return num_blocks if team_size == 1 else max(num_blocks // (_ITEMS_EACH * team_size), 1)
+
+
+@jit
+def multiply(
+    phase: Any, _configuration: Any, x: Any, weights: Any, bias_O: Any, then: Any,
+    others: Any, outs: Any, num_tokens: Any, num_inputs: Any, num_outputs: Any,
+) -> None:  # fmt: skip
+    """``x W^T + bias``, then what `then` says, into `outs`, for one token or more; a phase of a `team`'s work.
+
+    No configuration is looked at.
+    """
+    sums = np.empty(MOST_ROWS * BLOCK, np.float32)
+    num_blocks = num_outputs // BLOCK
+    each = _blocks_of_an_item(num_blocks, size_of_team(phase))
+    num_items = (num_blocks + each - 1) // each
+    item = claim(phase)
+    while item < num_items:
+        first, end = item * each, min((item + 1) * each, num_blocks)
+        _multiply_blocks(x, weights, bias_O, then, others, outs, num_tokens, num_inputs, num_outputs, first, end, sums)
+        done(phase)
+        item = claim(phase)
+    wait(phase, num_items)
+
+
+@jit
+def multiply_gate_and_up(
+    phase: Any, _configuration: Any, x: Any, gate_weights: Any, gate_bias: Any,
+    up_weights: Any, up_bias: Any, gate: Any, up: Any, num_tokens: Any, num_inputs: Any, num_outputs: Any,
+) -> None:  # fmt: skip
+    """``silu(x G^T + bias) * (x U^T + bias)`` into `up`, as one phase."""
+    sums = np.empty(MOST_ROWS * BLOCK, np.float32)
+    num_blocks = num_outputs // BLOCK
+    each = _blocks_of_an_item(num_blocks, size_of_team(phase))
+    num_items = (num_blocks + each - 1) // each
+    item = claim(phase)
+    while item < num_items:
+        first, end = item * each, min((item + 1) * each, num_blocks)
+        _multiply_blocks(
+            x, gate_weights, gate_bias, _SILU, gate, gate, num_tokens, num_inputs, num_outputs, first, end, sums
+        )
+        _multiply_blocks(
+            x, up_weights, up_bias, _TIMES, gate, up, num_tokens, num_inputs, num_outputs, first, end, sums
+        )
+        done(phase)
+        item = claim(phase)
+    wait(phase, num_items)
 
 
 @jit

@@ -18,6 +18,7 @@ from molink_stage_worker.engine.compiled_layers import CompiledLayer
 from molink_stage_worker.engine.kv_store import KvStore
 from molink_stage_worker.engine.projections import PackedProjection
 from molink_stage_worker.engine.step_plan import StepPlan
+from molink_stage_worker.engine.team import team_of
 
 _NO_BLOCKS = np.empty(0, np.int64)
 
@@ -65,12 +66,18 @@ class LayerStack(nn.Module):
         first, plan, store, spans = self._compiled[0], paged.plan, paged.store, paged.plan.span_reads()
         rows_TW = hidden_TH.new_empty(plan.num_tokens, (first.num_queries + 2 * first.num_keys) * first.head_size)
         cleared = _NO_BLOCKS if plan.blocks_to_clear is None else plan.blocks_to_clear.numpy()
-        bf16_layers.layers(
-            bf16_unit.configurations(), self._table_LC, kernels.array_of(hidden_TH), first.epsilon, *angles,
+        found_TQ = hidden_TH.new_empty(plan.num_tokens, first.num_queries * first.head_size)
+        inner: Any = first.gate.num_outputs
+        room = hidden_TH.new_empty(plan.num_tokens * (hidden_TH.shape[1] + 2 * inner))
+        team = team_of(torch.get_num_threads())
+        team.run(
+            bf16_layers.layers, len(self._table_LC) * bf16_layers.PHASES,
+            team.size, bf16_unit.configurations(), self._table_LC, kernels.array_of(hidden_TH), first.epsilon, *angles,
             plan.slots, cleared, plan.block_size, first.num_keys, first.head_size,
             store.num_blocks * store.block_size, kernels.array_of(rows_TW),
             spans.firsts_B, spans.counts_B, spans.starts_B, spans.tables_B, spans.slots_N,
-            first.scaling, first.gate.num_outputs,
+            first.scaling, kernels.array_of(found_TQ), kernels.array_of(room), inner,
+            owner=(self, store),
         )  # fmt: skip
 
     def _find(self, store: KvStore, like: torch.Tensor) -> None:

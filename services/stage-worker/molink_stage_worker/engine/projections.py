@@ -10,6 +10,8 @@ Shapes: T tokens, I inputs, O outputs.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
@@ -17,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from molink_stage_worker.engine.bf16_unit import MOST_ROWS, is_ready, memory_of, product
+from molink_stage_worker.engine.bf16_unit import MOST_ROWS, is_ready, may_share, memory_of, product
 
 _NO_BIAS = np.empty(0, np.float32)
 _BATCH_HINT = 16
@@ -73,7 +75,8 @@ class PackedProjection(nn.Module):
         self.num_outputs = weight_OI.shape[0]
         self.packed_bytes: int = weight_OI.numel() * weight_OI.element_size()
         # an opaque tensor: neither a parameter nor a buffer, which would have to be plain memory
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach(), _BATCH_HINT)
+        with _one_thread():
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach(), _BATCH_HINT)
         self._bias = None if bias_O is None else bias_O.detach().clone()
         self.bias = _NO_BIAS if bias_O is None else bias_O.detach().float().numpy().copy()
         """In float32; empty if there is none."""
@@ -86,7 +89,7 @@ class PackedProjection(nn.Module):
     def forward(self, x_TI: torch.Tensor) -> torch.Tensor:
         """See `Projection.__call__`."""
         rows = x_TI.numel() // x_TI.shape[-1]
-        if self.in_blocks is not None and 0 < rows <= MOST_ROWS and torch.get_num_threads() == 1:
+        if self.in_blocks is not None and 0 < rows <= MOST_ROWS and may_share():
             out_TO = x_TI.new_empty(rows, self.num_outputs)
             product(x_TI.reshape(rows, -1).contiguous(), self.in_blocks, self.bias, out_TO)
             return out_TO.view(*x_TI.shape[:-1], self.num_outputs)
@@ -103,6 +106,17 @@ class PackedProjection(nn.Module):
     def plus(self, x_TI: torch.Tensor, residual_TO: torch.Tensor) -> torch.Tensor:
         """See `Projection.plus`."""
         return self._run_binary(x_TI, residual_TO, self._packed, self._bias, "add")  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """For more threads oneDNN may choose blocks that the loops do not know. It computes with any of them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
