@@ -1,13 +1,15 @@
-"""What a container's memory limit leaves, under both versions of control groups."""
+"""What a container's limits leave, under both versions of control groups, and how fast a device is."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import torch
 
 from molink_common.messages import Dtype
-from molink_stage_worker.hardware import _cgroup_room_bytes, inspect, parameters_per_s
+from molink_stage_worker import hardware
+from molink_stage_worker.hardware import _cgroup_cores, _cgroup_room_bytes, inspect, parameters_per_s, usable_threads
 
 
 def write(folder: Path, files: dict[str, str]) -> Path:
@@ -30,6 +32,32 @@ def write(folder: Path, files: dict[str, str]) -> Path:
 )
 def test_the_room_below_a_limit(tmp_path: Path, files: dict[str, str], room: int | None) -> None:
     assert _cgroup_room_bytes(write(tmp_path, files)) == room
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, None),
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu.max": "250000 100000\n"}, 2.5),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4.0),
+        ({"cpu.max": "garbage\n"}, None),
+    ],
+)
+def test_a_containers_cores(files: dict[str, str], cores: float | None, tmp_path: Path) -> None:
+    assert _cgroup_cores(write(tmp_path, files)) == cores
+
+
+@pytest.mark.parametrize(
+    ("torch_threads", "quota", "threads"), [(8, None, 7), (8, 2.5, 2), (2, None, 1), (1, None, 1), (4, 0.5, 1), (2, 8.0, 1)]
+)
+def test_one_core_is_left(
+    torch_threads: int, quota: float | None, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: torch_threads)
+    monkeypatch.setattr(hardware, "_cgroup_cores", lambda: quota)
+    assert usable_threads() == threads
 
 
 def test_the_speed_is_measured_in_any_format_and_within_bounds_of_reason() -> None:

@@ -16,7 +16,7 @@ from molink_common.memory import spare_what_lives
 from molink_common.service import run_service
 from molink_common.telemetry import open_telemetry
 from molink_stage_worker.engine.loading import load_engine
-from molink_stage_worker.hardware import inspect
+from molink_stage_worker.hardware import inspect, usable_threads
 from molink_stage_worker.models import prepare as prepare_model
 from molink_stage_worker.settings import StageWorkerSettings, size_bytes
 from molink_stage_worker.stage_loading import EngineLoader, Told
@@ -45,7 +45,8 @@ async def serve(
     load_engine: EngineLoader = load_engine,
 ) -> None:
     """Open what the worker needs, run it, close everything."""
-    torch.set_num_threads(settings.threads)
+    threads = settings.threads or usable_threads()
+    torch.set_num_threads(threads)
     memory_bytes = None if settings.memory == "auto" else size_bytes(settings.memory)
     hardware = inspect(device=settings.device, memory_bytes=memory_bytes)
     worker_id = settings.worker_id or new_peer_id("worker")
@@ -79,7 +80,7 @@ async def serve(
                 settings=SlotSettings(
                     worker=worker_id,
                     device=hardware.device,
-                    threads=settings.threads,
+                    threads=threads,
                     step_tokens=settings.step_tokens or _default_step_tokens(hardware.device),
                     max_running=settings.max_running,
                     journal_bytes=size_bytes(settings.journal),

@@ -39,6 +39,16 @@ class Hardware:
     """How many parameters a decode step passes in a second, in the best format; None: not measured."""
 
 
+def usable_threads() -> int:
+    """Threads that torch would take (``OMP_NUM_THREADS``, else one a core), and not all that a container may use.
+
+    One core is left to what goes on beside computing: messages, the broker, the system.
+    """
+    quota = _cgroup_cores()
+    cores = torch.get_num_threads() if quota is None else min(torch.get_num_threads(), math.ceil(quota))
+    return max(cores - 1, 1)
+
+
 def inspect(*, device: str, memory_bytes: int | None) -> Hardware:
     """The device that the setting means; `memory_bytes` None offers 80 % of what is available now.
 
@@ -146,6 +156,18 @@ def _available_bytes(device: str) -> int:
     available = int(psutil.virtual_memory().available)
     limit = _cgroup_room_bytes()
     return available if limit is None else min(available, limit)
+
+
+def _cgroup_cores(folder: Path = _CGROUP) -> float | None:
+    """How many cores a container may use, or None without a limit. Reads both versions of control groups."""
+    try:
+        quota, period = (folder / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            quota, period = ((folder / f"cpu/cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+        except OSError:
+            return None
+    return None if quota in {"max", "-1"} else float(quota) / float(period)
 
 
 def _cgroup_room_bytes(folder: Path = _CGROUP) -> int | None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from molink_stage_worker.engine.compiling import jit
-from molink_stage_worker.engine.dots import MOST_ROWS, VECTOR_BYTES, dots_1, dots_4, more_dots_2, more_dots_4
+from molink_stage_worker.engine.dots import MOST_ROWS, VECTOR_BYTES, dots_1, dots_4, dots_4_apart, more_dots_2, more_dots_4
 from molink_stage_worker.engine.product_ends import Then, finish
 from molink_stage_worker.engine.team import claim, done, size_of_team, wait
 from molink_stage_worker.engine.vectors import LANES
@@ -120,6 +120,18 @@ def make_ready(_seen: Any, _num_stretches: Any, _size: Any) -> None:
 
 
 @jit
+def _four_places(seen: Any, stretch: Any) -> Any:
+    """Where four stretches begin, from this one on."""
+    places_N, head_at, at = seen[2], seen[3], seen[4] + stretch
+    return (
+        head_at + places_N[at],
+        head_at + places_N[at + 1],
+        head_at + places_N[at + 2],
+        head_at + places_N[at + 3],
+    )
+
+
+@jit
 def score(
     rows: Any, first: Any, apart: Any, num_rows: Any, seen: Any, num_stretches: Any, size: Any, scores: Any, width: Any
 ) -> None:
@@ -129,7 +141,17 @@ def score(
     """
     keys, values, places_N, head_at, table = seen[:5]
     turns = (num_rows + MOST_ROWS - 1) // MOST_ROWS
-    for stretch in range(num_stretches):
+    fours = num_stretches // 4 * 4
+    for stretch in range(0, fours, 4):
+        places = _four_places(seen, stretch)
+        far, fetch_at = (keys, _four_places(seen, stretch + 4)) if stretch + 4 < fours else (values, _four_places(seen, 0))
+        row = 0
+        for turn in range(turns):
+            count = (num_rows - row) // (turns - turn)
+            dots_4_apart(count, rows, first + row * apart, apart, keys, places, VECTOR_BYTES, size // 2,
+                         far, fetch_at, 1, scores, row * width + stretch * LANES, width)  # fmt: skip
+            row += count
+    for stretch in range(fours, num_stretches):
         soon = stretch + _STRETCHES_AHEAD
         far = keys if soon < num_stretches else values
         soon = soon if soon < num_stretches else min(soon - num_stretches, num_stretches - 1)

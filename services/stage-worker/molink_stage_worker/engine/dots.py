@@ -26,12 +26,13 @@ _PAIRS = ir.VectorType(ir.IntType(32), LANES)
 _PLACE = ir.IntType(64)
 
 
-def _dots(num_vectors: int, *, goes_on: bool = False) -> Any:
+def _dots(num_vectors: int, *, goes_on: bool = False, are_apart: bool = False) -> Any:
     """An intrinsic: sums of 1 to 6 rows of activations with so many vectors of weights, over all `pairs`.
 
     Vectors of weights lie side by side, those of the next pair `pairs_apart` bytes further; rows of activations lie
     `x_apart` numbers apart, rows of sums `sums_apart`. Sums that go on begin with what is there. As many cache lines as
-    there are vectors are fetched every `fetch_every` pairs, from number `fetch_at` of the array `far` on.
+    there are vectors are fetched every `fetch_every` pairs, from number `fetch_at` of the array `far` on. Where vectors
+    are apart, `weights_at` and `fetch_at` are tuples, a place for each.
     """
 
     @intrinsic
@@ -46,7 +47,8 @@ def _dots(num_vectors: int, *, goes_on: bool = False) -> Any:
                     _of_rows(count, num_vectors, goes_on, context, builder, signature.args[1:], arguments[1:])
             return context.get_dummy_value()
 
-        kinds = (int64, x, int64, int64, weights, int64, int64, int64, far, int64, int64, sums, int64, int64)
+        at = types.UniTuple(int64, num_vectors) if are_apart else int64
+        kinds = (int64, x, int64, int64, weights, at, int64, int64, far, at, int64, sums, int64, int64)
         return types.none(*kinds), generate
 
     return dots
@@ -66,8 +68,15 @@ def _of_rows(
         return address_in(context, builder, kind, array, builder.add(at, builder.mul(apart, _PLACE(row))))
 
     rows = [row_at(x_kind, x, x_at, x_apart, row) for row in range(num_rows)]
-    first = address_in(context, builder, weights_kind, weights, weights_at)
-    far = address_in(context, builder, far_kind, far, fetch_at)
+
+    def vectors_at(kind: Any, array: Any, at: Any) -> list[Any]:
+        if isinstance(at.type, ir.ArrayType):
+            return [address_in(context, builder, kind, array, one) for one in cgutils.unpack_tuple(builder, at)]
+        begin = address_in(context, builder, kind, array, at)
+        return [builder.gep(begin, [_PLACE(VECTOR_BYTES * vector)]) for vector in range(num_vectors)]
+
+    firsts, fars = vectors_at(weights_kind, weights, weights_at), vectors_at(far_kind, far, fetch_at)
+    line_bytes = VECTOR_BYTES * (1 if isinstance(fetch_at.type, ir.ArrayType) else num_vectors)
     sums_of = [row_at(sums_kind, sums, sums_at, sums_apart, row) for row in range(num_rows)]
 
     def vector_of(row: int, vector: int) -> Any:
@@ -85,17 +94,15 @@ def _of_rows(
     with cgutils.for_range(builder, pairs) as loop:
         with builder.if_then(builder.icmp_signed("==", builder.load(wait), _PLACE(0))):
             line = builder.load(fetched)
-            for _ in range(num_vectors):
-                prefetch_at(builder, builder.gep(far, [line]), is_near=False)
-                line = builder.add(line, _PLACE(VECTOR_BYTES))
-            builder.store(line, fetched)
+            for far_vector in fars:
+                prefetch_at(builder, builder.gep(far_vector, [line]), is_near=False)
+            builder.store(builder.add(line, _PLACE(line_bytes)), fetched)
             builder.store(fetch_every, wait)
         builder.store(builder.sub(builder.load(wait), _PLACE(1)), wait)
         at = builder.mul(loop.index, pairs_apart)
-        vectors = []
-        for _ in range(num_vectors):
-            vectors.append(builder.load(builder.bitcast(builder.gep(first, [at]), _PAIRS.as_pointer()), align=4))
-            at = builder.add(at, _PLACE(VECTOR_BYTES))
+        vectors = [
+            builder.load(builder.bitcast(builder.gep(first, [at]), _PAIRS.as_pointer()), align=4) for first in firsts
+        ]
         for row, kept_V in zip(rows, kept, strict=True):
             pair = builder.gep(row, [builder.mul(loop.index, _PLACE(4))])
             pair = builder.load(builder.bitcast(pair, ir.IntType(32).as_pointer()), align=2)
@@ -110,5 +117,6 @@ def _of_rows(
 
 dots_4 = _dots(4)
 dots_1 = _dots(1)
+dots_4_apart = _dots(4, are_apart=True)
 more_dots_4 = _dots(4, goes_on=True)
 more_dots_2 = _dots(2, goes_on=True)

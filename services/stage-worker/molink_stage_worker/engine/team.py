@@ -36,7 +36,7 @@ _TURNS = 500
 
 
 class Team:
-    """A number of threads, the caller's own included. For one call at a time."""
+    """A number of threads, the caller's own included. Of calls at the same time, helpers take one after the other."""
 
     def __init__(self, size: int) -> None:
         self.size = size
