@@ -50,7 +50,8 @@ def test_a_containers_cores(files: dict[str, str], cores: float | None, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("torch_threads", "quota", "threads"), [(8, None, 7), (8, 2.5, 2), (2, None, 1), (1, None, 1), (4, 0.5, 1), (2, 8.0, 1)]
+    ("torch_threads", "quota", "threads"),
+    [(8, None, 7), (8, 2.5, 2), (2, None, 1), (1, None, 1), (4, 0.5, 1), (2, 8.0, 1)],
 )
 def test_one_core_is_left(
     torch_threads: int, quota: float | None, threads: int, monkeypatch: pytest.MonkeyPatch

@@ -30,7 +30,7 @@ class StageWorkerSettings(ServiceSettings):
     device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1, mps")] = "auto"
     memory: Annotated[str, Field(description="memory to offer, as 4GiB; auto: 80 % of what is available")] = "auto"
     threads: Annotated[
-        int | None, Field(ge=1, le=256, description="threads that compute; none: a core for each, but one core for the rest")
+        int | None, Field(ge=1, le=256, description="threads that compute, a core for each; none: all cores but one")
     ] = None
     cache: Annotated[Path | None, Field(description="folder for models; none: the user's cache folder")] = None
     step_tokens: Annotated[

@@ -13,7 +13,15 @@ from typing import Any
 import numpy as np
 
 from molink_stage_worker.engine.compiling import jit
-from molink_stage_worker.engine.dots import MOST_ROWS, VECTOR_BYTES, dots_1, dots_4, dots_4_apart, more_dots_2, more_dots_4
+from molink_stage_worker.engine.dots import (
+    MOST_ROWS,
+    VECTOR_BYTES,
+    dots_1,
+    dots_4,
+    dots_4_apart,
+    more_dots_2,
+    more_dots_4,
+)
 from molink_stage_worker.engine.product_ends import Then, finish
 from molink_stage_worker.engine.team import claim, done, size_of_team, wait
 from molink_stage_worker.engine.vectors import LANES
@@ -144,7 +152,8 @@ def score(
     fours = num_stretches // 4 * 4
     for stretch in range(0, fours, 4):
         places = _four_places(seen, stretch)
-        far, fetch_at = (keys, _four_places(seen, stretch + 4)) if stretch + 4 < fours else (values, _four_places(seen, 0))
+        is_last = stretch + 4 == fours
+        far, fetch_at = values if is_last else keys, _four_places(seen, 0 if is_last else stretch + 4)
         row = 0
         for turn in range(turns):
             count = (num_rows - row) // (turns - turn)
