@@ -99,10 +99,7 @@ def test_scores_and_sums_of_a_head(
     # into the store, as a step does it
     stored = [np.zeros((key_heads, num_slots, size), np.uint16) for _ in "kv"]
     rows_TW = torch.cat([part.reshape(num_keys, -1) for part in (keys_TKD, keys_TKD, values_TKD)], dim=1)
-    no_angles = np.empty((0, 0), np.float32)
-    bf16_attention.rotate_and_store(
-        bits(rows_TW).reshape(num_keys, -1), no_angles, no_angles, NO_BIAS, NO_BIAS, 1e-5, places, *stored
-    )
+    bf16_attention.store(bits(rows_TW).reshape(num_keys, -1), places, *stored)
     # as attention sees it: room for four stretches at a time
     keys, values = (one.reshape(-1) for one in stored)
     copies = amx_attention.copies_of(-(-num_keys // 64) * 64, size)

@@ -126,22 +126,21 @@ class Step:
         out_TQ = torch.full((len(self.rows_TW), self.group * key_heads * size), torch.nan).bfloat16()
         assert bf16_attention.is_ready()
         bf16_attention.attend(
-            np.zeros(16, np.int64), 1, bf16_unit.configurations(), kernels.array_of(self.rows_TW),
+            (np.zeros(16, np.int64), 1, 0), bf16_unit.configurations(), kernels.array_of(self.rows_TW),
             reads.firsts_B, reads.counts_B, reads.starts_B, reads.tables_B, reads.slots_N, window, 0.2,
             *self.stored(), kernels.array_of(out_TQ),
         )  # fmt: skip
         return out_TQ
 
     def stored(self) -> tuple[Any, Any]:
-        """Keys and values as the loops store them: slot after slot, without norms and without being turned."""
+        """Keys and values as the loops store them: slot after slot."""
         key_heads, slots, size = self.keys_KSD.shape
         queries_SW = torch.zeros(slots, self.group * key_heads * size).bfloat16()
         keys_SW, values_SW = (part.transpose(0, 1).reshape(slots, -1) for part in (self.keys_KSD, self.values_KSD))
         rows_SW = kernels.array_of(torch.cat([queries_SW, keys_SW, values_SW], dim=1))
-        no_angles, places = np.empty((0, 0), np.float32), np.random.default_rng(1).permutation(slots)
+        places = np.random.default_rng(1).permutation(slots)
         keys, values = (np.zeros((key_heads, slots, size), np.uint16) for _ in "kv")
-        weights = (no_angles, no_angles, NO_BIAS, NO_BIAS, 1e-5)
-        bf16_attention.rotate_and_store(rows_SW[places].copy(), *weights, places, keys, values)
+        bf16_attention.store(rows_SW[places].copy(), places, keys, values)
         return keys, values
 
     def exact(self, window: int) -> torch.Tensor:
@@ -295,7 +294,7 @@ def test_no_step_compiles() -> None:
     model = MODELS["qwen3"]().bfloat16().eval()
     model.set_attn_implementation(ATTENTION_NAME)
     make_lean(model)
-    loops = (bf16_layers.layers, bf16_attention.attend, bf16_attention.rotate_and_store, multiply)
+    loops = (bf16_layers.layers, bf16_attention.attend, bf16_attention.store, multiply)
     compiled = [list(loop.signatures) for loop in loops]
     entries = [Entry(sequence=0, start=0, count=20, opens=True, new_blocks=tuple(range(8)))]
     hidden = hidden_after_steps(model, [entries, [Entry(sequence=0, start=20, count=1)]], 16)[-1]

@@ -73,17 +73,9 @@ def test_rotate_and_store(dtype: torch.dtype, is_normed: bool, is_turned: bool) 
     angles = torch.randn(3, HEAD_SIZE // 2)
     cos, sin = (angles.cos().numpy(), angles.sin().numpy()) if is_turned else (NO_ANGLES, NO_ANGLES)
     slots = np.array([7, 2, 11], np.int64)
-    kernels.rotate_and_store(
-        kernels.array_of(rows),
-        cos,
-        sin,
-        weights[0].numpy(),
-        weights[1].numpy(),
-        1e-5,
-        slots,
-        kernels.array_of(keys),
-        kernels.array_of(values),
-    )
+    array = kernels.array_of(rows)
+    kernels.rotate(array, cos, sin, weights[0].numpy(), weights[1].numpy(), 1e-5, KEY_HEADS, HEAD_SIZE)
+    kernels.store(array, slots, kernels.array_of(keys), kernels.array_of(values))
     turned = heads[:, : QUERY_HEADS + KEY_HEADS]
     if is_normed:
         queries = rms_norm(turned[:, :QUERY_HEADS], (HEAD_SIZE,), weights[0], 1e-5)

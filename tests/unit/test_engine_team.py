@@ -12,17 +12,17 @@ import pytest
 
 from molink_stage_worker.engine import bf16_unit
 from molink_stage_worker.engine.compiling import jit
-from molink_stage_worker.engine.team import Team, claim, done, phase, wait
+from molink_stage_worker.engine.team import Team, claim, done, later, wait
 
 pytestmark = pytest.mark.skipif(not bf16_unit.is_here(), reason="no loops of this processor share work")
 PHASES, ITEMS = 200, 37
 
 
 @partial(jit, nogil=True)
-def sums(counters: Any, rows: Any, times: Any) -> None:
+def sums(first: Any, rows: Any, times: Any) -> None:
     """Each phase makes a row of the one before, of all its numbers; counts how often each item was done."""
     for number in range(1, rows.shape[0]):
-        own = phase(counters, 0, number)
+        own = later(first, number)
         item = claim(own)
         while item < rows.shape[1]:
             rows[number, item] = rows[number - 1].sum() + item
@@ -55,7 +55,7 @@ def test_a_helper_that_comes_late_holds_nobody_up() -> None:
     team = Team(2)
     may_go = threading.Event()
 
-    def hold(counters: Any) -> None:
+    def hold(_phase: Any) -> None:
         if threading.current_thread().name.startswith("loops"):
             may_go.wait(30)
 

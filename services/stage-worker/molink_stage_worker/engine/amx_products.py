@@ -10,6 +10,7 @@ Shapes: T tokens, I inputs, O outputs. bfloat16 as the integers of their bits; a
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -174,7 +175,7 @@ def _of_more(
     release()
 
 
-@jit
+@partial(jit, nogil=True)
 def multiply(
     phase: Any, configuration: Any, x: Any, weights: Any, bias_O: Any, then: Any, others: Any,
     outs: Any, num_tokens: Any, num_inputs: Any, num_outputs: Any,

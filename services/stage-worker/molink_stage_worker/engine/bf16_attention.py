@@ -31,9 +31,8 @@ from molink_stage_worker.engine.bf16_unit import (
     score,
 )
 from molink_stage_worker.engine.compiling import jit
-from molink_stage_worker.engine.kernels import rotate
 from molink_stage_worker.engine.step_plan import KEYS_OF_A_STRETCH as KEYS
-from molink_stage_worker.engine.team import claim, done, phase, size_of_team, wait
+from molink_stage_worker.engine.team import PHASE, claim, done, size_of_team, wait
 from molink_stage_worker.engine.vectors import largest_of, write_scaled, write_weights
 
 _KEYS_AT_ONCE = 4 * KEYS
@@ -51,28 +50,16 @@ def is_ready() -> bool:
     """Whether this can be used. Compiles, some seconds."""
     if not is_here():
         return False
-    integers, rows, store = int64[::1], uint16[:, ::1], uint16[:, :, ::1]
-    floats, angles = float32[::1], float32[:, ::1]
-    rotate_and_store.compile((rows, angles, angles, floats, floats, float64, integers, store, store))
-    attend.compile((integers, int64, uint8[:, ::1], rows, *(integers,) * 5, int64, float64, store, store, rows))
+    integers, rows, stored = int64[::1], uint16[:, ::1], uint16[:, :, ::1]
+    store.compile((rows, integers, stored, stored))
+    attend.compile((PHASE, uint8[:, ::1], rows, *(integers,) * 5, int64, float64, stored, stored, rows))
     return True
 
 
 @jit
-def rotate_and_store(
-    rows_TW: Any,
-    cos_TF: Any,
-    sin_TF: Any,
-    query_norm_D: Any,
-    key_norm_D: Any,
-    epsilon: Any,
-    slots_T: Any,
-    keys_KSD: Any,
-    values_KSD: Any,
-) -> None:
-    """As `kernels.rotate_and_store`, but keys and values are stored as `attend` reads them."""
+def store(rows_TW: Any, slots_T: Any, keys_KSD: Any, values_KSD: Any) -> None:
+    """As `kernels.store`, but keys and values lie as `attend` reads them."""
     key_heads, num_slots, size = keys_KSD.shape
-    rotate(rows_TW, cos_TF, sin_TF, query_norm_D, key_norm_D, epsilon, key_heads, size)
     rotated = rows_TW.shape[1] - key_heads * size
     rows, keys, values = rows_TW.reshape(-1), keys_KSD.reshape(-1), values_KSD.reshape(-1)
     row_words, key_words = rows.view(np.uint32), keys.view(np.uint32)
@@ -146,30 +133,6 @@ def _attend_tile(
 
 @partial(jit, nogil=True)
 def attend(  # noqa: PLR0917  numba takes no names
-    counters: Any,
-    team_size: Any,
-    tiles: Any,
-    rows_TW: Any,
-    firsts_B: Any,
-    counts_B: Any,
-    starts_B: Any,
-    tables_B: Any,
-    slots_N: Any,
-    window: Any,
-    scale: Any,
-    keys_KSD: Any,
-    values_KSD: Any,
-    out_TQ: Any,
-) -> None:
-    """`attend_in_phase` for a `team` that has nothing else to do."""
-    attend_in_phase(
-        phase(counters, team_size, 0), tiles, rows_TW, firsts_B, counts_B, starts_B, tables_B, slots_N, window, scale,
-        keys_KSD, values_KSD, out_TQ,
-    )  # fmt: skip
-
-
-@jit
-def attend_in_phase(  # noqa: PLR0917  numba takes no names
     phase: Any,
     tiles: Any,
     rows_TW: Any,

@@ -20,12 +20,12 @@ from numba import float32, float64, int64, types, uint8, uint16
 from numba.extending import intrinsic
 
 from molink_stage_worker.engine import bf16_attention, bf16_unit
-from molink_stage_worker.engine.bf16_attention import attend_in_phase, rotate_and_store
+from molink_stage_worker.engine.bf16_attention import attend, store
 from molink_stage_worker.engine.bf16_unit import ROWS, multiply, multiply_gate_and_up
 from molink_stage_worker.engine.compiling import jit
-from molink_stage_worker.engine.kernels import norm
+from molink_stage_worker.engine.kernels import norm, rotate
 from molink_stage_worker.engine.product_ends import Then
-from molink_stage_worker.engine.team import claim, done, phase, wait
+from molink_stage_worker.engine.team import PHASE, claim, done, later, size_of_team, wait
 
 
 class Column(IntEnum):
@@ -141,26 +141,24 @@ def _rotate_and_store(
     num_slots: Any,
     rows_TW: Any,
 ) -> None:
-    """Turn queries and keys of the layer of row `own`, and put keys and values into the store: a token is an item."""
+    """Turn queries and keys of the layer of row `own`, and store keys and values: some tokens are an item."""
     keys_KSD, values_KSD = _store(own, key_heads, num_slots, head_size)
     query_norm, key_norm = _floats(own[_QUERY_NORM], head_size), _floats(own[_KEY_NORM], head_size)
     no_angles = np.empty((0, 0), np.float32)
-    t = claim(phase)
-    while t < slots_T.size:
-        rotate_and_store(
-            rows_TW[t : t + 1],
-            cos_TF[t : t + 1] if own[_TURNS] else no_angles,
-            sin_TF[t : t + 1] if own[_TURNS] else no_angles,
-            query_norm,
-            key_norm,
-            epsilon,
-            slots_T[t : t + 1],
-            keys_KSD,
-            values_KSD,
-        )
+    cos_TF, sin_TF = cos_TF if own[_TURNS] else no_angles, sin_TF if own[_TURNS] else no_angles
+    tokens, team_size = slots_T.size, size_of_team(phase)
+    each = tokens if team_size == 1 else max(tokens // (4 * team_size), 1)
+    item = claim(phase)
+    while item * each < tokens:
+        begin, end = item * each, min((item + 1) * each, tokens)
+        own_rows = rows_TW[begin:end]
+        rotate(
+            own_rows, cos_TF[begin:end], sin_TF[begin:end], query_norm, key_norm, epsilon, key_heads, head_size
+        )  # fmt: skip
+        store(own_rows, slots_T[begin:end], keys_KSD, values_KSD)
         done(phase)
-        t = claim(phase)
-    wait(phase, slots_T.size)
+        item = claim(phase)
+    wait(phase, (tokens + each - 1) // each)
 
 
 @jit
@@ -189,8 +187,7 @@ def _after_attention(
 
 @partial(jit, nogil=True)
 def layers(  # noqa: PLR0917  numba takes no names
-    counters: Any,
-    team_size: Any,
+    first: Any,
     tiles: Any,
     table_LC: Any,
     hidden_TH: Any,
@@ -216,23 +213,22 @@ def layers(  # noqa: PLR0917  numba takes no names
 ) -> None:
     """Take `hidden_TH` through all layers, in place. `tiles` are `bf16_unit.configurations`.
 
-    To be called by each of a `team`; `rows_TW`, `found_TQ` and `room` are memory that they share.
+    To be called by each of a `team`, with the first of `PHASES` a layer; `rows_TW`, `found_TQ` and `room` are memory
+    that all of them share.
     """
     tokens = hidden_TH.shape[0]
     of_products = tiles[min(tokens, ROWS)]
     for layer in range(len(table_LC)):
-        own, first = table_LC[layer], layer * PHASES
-        clearing, projecting = phase(counters, team_size, first), phase(counters, team_size, first + 1)
-        storing, attending = phase(counters, team_size, first + 2), phase(counters, team_size, first + 3)
-        attended, gated = phase(counters, team_size, first + 4), phase(counters, team_size, first + 5)
-        ending = phase(counters, team_size, first + 6)
+        own, clearing = table_LC[layer], later(first, layer * PHASES)
+        projecting, storing, attending = later(clearing, 1), later(clearing, 2), later(clearing, 3)
+        attended, gated, ending = later(clearing, 4), later(clearing, 5), later(clearing, 6)
         _project(
             clearing, projecting, of_products, own, hidden_TH, epsilon, cleared, block_size,
             key_heads, head_size, num_slots, rows_TW,
         )  # fmt: skip
         _rotate_and_store(storing, own, epsilon, cos_TF, sin_TF, slots_T, key_heads, head_size, num_slots, rows_TW)
         keys_KSD, values_KSD = _store(own, key_heads, num_slots, head_size)
-        attend_in_phase(
+        attend(
             attending, tiles, rows_TW, firsts_B, counts_B, starts_B, tables_B, slots_N,
             own[_WINDOW], scale, keys_KSD, values_KSD, found_TQ,
         )  # fmt: skip
@@ -247,5 +243,5 @@ def are_ready() -> bool:
     integers, angles, rows = int64[::1], float32[:, ::1], uint16[:, ::1]
     before: Any = (angles, angles, integers, integers, int64, int64, int64, int64, rows)
     after: Any = (float64, rows, uint16[::1], int64)
-    layers.compile((integers, int64, uint8[:, ::1], int64[:, ::1], rows, float64, *before, *(integers,) * 5, *after))
+    layers.compile((PHASE, uint8[:, ::1], int64[:, ::1], rows, float64, *before, *(integers,) * 5, *after))
     return True

@@ -9,7 +9,7 @@ Shapes: T tokens, I inputs, O outputs. bfloat16 as the integers of their bits.
 from __future__ import annotations
 
 import ctypes
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,8 @@ from numba import float32, int64, uint8, uint16
 from molink_stage_worker.engine import amx_attention, amx_products, amx_tiles, dot_products
 from molink_stage_worker.engine.compiling import jit
 from molink_stage_worker.engine.processor import has_pairs, has_tiles
-from molink_stage_worker.engine.team import phase, team_of
+from molink_stage_worker.engine.product_ends import Then
+from molink_stage_worker.engine.team import PHASE, team_of
 
 MOST_ROWS = 256
 """More than that oneDNN computes as fast, or faster: 512 take it 126 ms on tiles where the loops here need 163."""
@@ -75,28 +76,8 @@ def is_ready() -> bool:
     if not is_here():
         return False
     numbers = uint16[::1]
-    _product.compile((int64[::1], int64, uint8[::1], numbers, numbers, float32[::1], numbers, int64, int64, int64))
+    multiply.compile((PHASE, uint8[::1], numbers, numbers, float32[::1], int64, numbers, numbers, int64, int64, int64))
     return True
-
-
-@partial(jit, nogil=True)
-def _product(
-    counters: Any, team_size: Any, configuration: Any, x: Any, weights: Any, bias_O: Any, outs: Any,
-    num_tokens: Any, num_inputs: Any, num_outputs: Any,
-) -> None:  # fmt: skip
-    multiply(
-        phase(counters, team_size, 0),
-        configuration,
-        x,
-        weights,
-        bias_O,
-        0,
-        outs,
-        outs,
-        num_tokens,
-        num_inputs,
-        num_outputs,
-    )
 
 
 def product(x_TI: torch.Tensor, weights: Any, bias_O: Any, out_TO: torch.Tensor) -> None:
@@ -109,10 +90,10 @@ def product(x_TI: torch.Tensor, weights: Any, bias_O: Any, out_TO: torch.Tensor)
     tokens, inputs = x_TI.shape
     x, out = (tensor.view(torch.uint16).numpy().reshape(-1) for tensor in (x_TI, out_TO))
     configuration = amx_tiles.configuration(min(tokens, ROWS))
-    team = team_of(torch.get_num_threads())
-    team.run(
-        _product, 1, team.size, configuration, x, weights, bias_O, out, tokens, inputs, out_TO.shape[1], owner=weights
-    )
+    team_of(torch.get_num_threads()).run(
+        multiply, 1, configuration, x, weights, bias_O, int(Then.NOTHING), out, out, tokens, inputs, out_TO.shape[1],
+        owner=weights,
+    )  # fmt: skip
 
 
 def memory_of(packed: torch.Tensor, weight_OI: torch.Tensor) -> Any:

@@ -81,8 +81,9 @@ class CompiledLayer(LeanLayer):
         cos_TF, sin_TF = self.angles_of(angles) if self.turns else (_NO_ANGLES, _NO_ANGLES)
         weights = (*self.norm_weights[2:], self.epsilon)
         in_bf16 = self.attends_in_bf16(plan.block_size)
-        rotate_and_store = bf16_attention.rotate_and_store if in_bf16 else kernels.rotate_and_store
-        rotate_and_store(kernels.array_of(rows_TW), cos_TF, sin_TF, *weights, plan.slots, *store.arrays)
+        kernels.rotate(kernels.array_of(rows_TW), cos_TF, sin_TF, *weights, self.num_keys, self.head_size)
+        put = bf16_attention.store if in_bf16 else kernels.store
+        put(kernels.array_of(rows_TW), plan.slots, *store.arrays)
         found_TI = rows_TW.new_empty(rows_TW.shape[0], self.num_queries * self.head_size)
         if in_bf16:
             self._attend_in_bf16(rows_TW, plan, store, found_TI)
@@ -95,9 +96,8 @@ class CompiledLayer(LeanLayer):
 
     def _attend_in_bf16(self, rows_TW: torch.Tensor, plan: StepPlan, store: LayerStore, found_TI: torch.Tensor) -> None:
         spans = plan.span_reads()
-        team = team_of(torch.get_num_threads())
-        team.run(
-            bf16_attention.attend, 1, team.size, bf16_unit.configurations(), kernels.array_of(rows_TW),
+        team_of(torch.get_num_threads()).run(
+            bf16_attention.attend, 1, bf16_unit.configurations(), kernels.array_of(rows_TW),
             spans.firsts_B, spans.counts_B, spans.starts_B, spans.tables_B, spans.slots_N,
             self.sliding_window or kernels.SEES_ALL, self.scaling, *store.arrays, kernels.array_of(found_TI),
             owner=store,

@@ -8,6 +8,7 @@ Shapes: T tokens, I inputs, O outputs. bfloat16 as the integers of their bits; a
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,7 @@ def _blocks_of_an_item(num_blocks: Any, team_size: Any) -> Any:
     return num_blocks if team_size == 1 else max(num_blocks // (_ITEMS_EACH * team_size), 1)
 
 
-@jit
+@partial(jit, nogil=True)
 def multiply(
     phase: Any, _configuration: Any, x: Any, weights: Any, bias_O: Any, then: Any,
     others: Any, outs: Any, num_tokens: Any, num_inputs: Any, num_outputs: Any,

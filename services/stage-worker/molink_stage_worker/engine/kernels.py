@@ -49,11 +49,12 @@ def compile_for(dtype: torch.dtype) -> bool:
     scalar = {torch.bfloat16: uint16, torch.float32: float32}.get(dtype)
     if scalar is None:
         return False
-    rows, store = scalar[:, ::1], scalar[:, :, ::1]
+    rows, stored = scalar[:, ::1], scalar[:, :, ::1]
     floats, angles, integers = float32[::1], float32[:, ::1], int64[::1]
     norm.compile((rows, floats, float64, rows))
-    rotate_and_store.compile((rows, angles, angles, floats, floats, float64, integers, store, store))
-    attend.compile((rows, integers, integers, integers, integers, int64, int64, float64, store, store, rows))
+    rotate.compile((rows, angles, angles, floats, floats, float64, int64, int64))
+    store.compile((rows, integers, stored, stored))
+    attend.compile((rows, integers, integers, integers, integers, int64, int64, float64, stored, stored, rows))
     return True
 
 
@@ -95,24 +96,13 @@ def norm(x_TH: Any, weight_H: Any, epsilon: Any, out_TH: Any) -> None:
 
 
 @jit
-def rotate_and_store(
-    rows_TW: Any,
-    cos_TF: Any,
-    sin_TF: Any,
-    query_norm_D: Any,
-    key_norm_D: Any,
-    epsilon: Any,
-    slots_T: Any,
-    keys_KSD: Any,
-    values_KSD: Any,
-) -> None:
-    """`rotate`, then put keys and values into their slots."""
+def store(rows_TW: Any, slots_T: Any, keys_KSD: Any, values_KSD: Any) -> None:
+    """Put keys and values into their slots; in a row those of queries come first."""
     key_heads, _, size = keys_KSD.shape
-    rotate(rows_TW, cos_TF, sin_TF, query_norm_D, key_norm_D, epsilon, key_heads, size)
-    query_heads = rows_TW.shape[1] // size - 2 * key_heads
+    keys_at = rows_TW.shape[1] - 2 * key_heads * size
     for t in range(rows_TW.shape[0]):
         for k in range(key_heads):
-            key = (query_heads + k) * size
+            key = keys_at + k * size
             value = key + key_heads * size
             for i in range(size):
                 keys_KSD[k, slots_T[t], i] = rows_TW[t, key + i]

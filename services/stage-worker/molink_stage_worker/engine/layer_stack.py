@@ -69,10 +69,9 @@ class LayerStack(nn.Module):
         found_TQ = hidden_TH.new_empty(plan.num_tokens, first.num_queries * first.head_size)
         inner: Any = first.gate.num_outputs
         room = hidden_TH.new_empty(plan.num_tokens * (hidden_TH.shape[1] + 2 * inner))
-        team = team_of(torch.get_num_threads())
-        team.run(
+        team_of(torch.get_num_threads()).run(
             bf16_layers.layers, len(self._table_LC) * bf16_layers.PHASES,
-            team.size, bf16_unit.configurations(), self._table_LC, kernels.array_of(hidden_TH), first.epsilon, *angles,
+            bf16_unit.configurations(), self._table_LC, kernels.array_of(hidden_TH), first.epsilon, *angles,
             plan.slots, cleared, plan.block_size, first.num_keys, first.head_size,
             store.num_blocks * store.block_size, kernels.array_of(rows_TW),
             spans.firsts_B, spans.counts_B, spans.starts_B, spans.tables_B, spans.slots_N,

@@ -31,6 +31,8 @@ _LINE = 8
 """Numbers of a cache line: counters that are written together with others would be waited for together."""
 _CLAIMED, _DONE = 0, _LINE
 _PHASE = 2 * _LINE
+PHASE = types.Tuple((int64[::1], int64, int64))
+"""What functions whose work is shared take first: the counters of all phases, the team's size, the phase's number."""
 _TURNS = 500
 """Of waiting before the processor is offered to others: some ten microseconds."""
 
@@ -45,14 +47,14 @@ class Team:
             threading.Thread(target=_help, args=(calls,), name=f"loops-{number + 1}", daemon=True).start()
 
     def run(self, function: Callable[..., None], num_phases: int, *arguments: Any, owner: object) -> None:
-        """Call ``function(counters, *arguments)`` in all threads; returns when its work is done.
+        """Call ``function(phase, *arguments)`` with the first phase in all threads; returns when its work is done.
 
         Arguments, and the owner of what they only point to, are kept until the last thread has left.
         """
-        counters = np.zeros(num_phases * _PHASE, np.int64)
+        first = (np.zeros(num_phases * _PHASE, np.int64), self.size, 0)
         for calls in self._calls:
-            calls.put((owner, function, counters, *arguments))
-        function(counters, *arguments)
+            calls.put((owner, function, first, *arguments))
+        function(first, *arguments)
 
 
 @cache
@@ -115,9 +117,9 @@ else:
 
 
 @jit
-def phase(counters: Any, team_size: Any, number: Any) -> Any:
-    """What the functions below take, and functions whose work is shared."""
-    return counters, team_size, number
+def later(phase: Any, count: Any) -> Any:
+    """The phase that comes so many after this one."""
+    return phase[0], phase[1], phase[2] + count
 
 
 @jit
