@@ -94,7 +94,7 @@ class StageLink:
         estimator = self._sender.estimator
         if not estimator.is_rate_certain or estimator.rate_bytes_per_s is None:
             return None
-        return max(estimator.rate_bytes_per_s, estimator.proven_bytes_per_s)
+        return estimator.rate_bytes_per_s
 
     @property
     def round_trip_s(self) -> float | None:

@@ -10,8 +10,8 @@ maximum, so that one wrong sample does not rule for seconds and a link that beca
 Round trip: the least of the last seconds.
 
 A receiver that is slow to look at what has come (a busy machine) makes frames follow one another as if the link were
-busy, and a thin stream then passes for all that the link carries. A frame that comes through quickly proves it wrong:
-the link carries at least that frame's bytes in that time (`proven_bytes_per_s`).
+busy, and a thin stream then passes for all that the link carries. Frames that come through quickly prove it wrong: the
+link carries at least a frame's bytes in that time.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ _ONE_WAY_WINDOW_S = 10.0
 """Short, because the two clocks drift against each other."""
 _OTHER_CLOCK_S = 60.0
 """A receiver's clock that jumps so far is another clock, or the time on one message is wrong."""
+_LARGE_BYTES = 8192
 _SLOTS = 8
 _SAMPLES = 16
 _QUANTILE = 0.7
@@ -35,6 +36,10 @@ _SHORT_SPAN_BYTES = 32768
 _UNKNOWN_RATE_SLACK_S = 0.001
 _MOST_SLACK_S = 0.005
 _PROOF_WINDOW_S = 10.0
+_NOISE_SHARE = 1 / 8
+"""Of the way: the quickest frame may have been so much slower than others for no reason."""
+_LEAST_PROOF = 2.0
+"""Times the measured rate: a frame that waited for a little while where a larger one did not seems to prove less."""
 _LEAST_PROOF_S = 0.004
 """Shorter times are within what a loop's clock and its turns blur."""
 
@@ -47,10 +52,9 @@ class LeastDelay:
     size_bytes: int
     rate_bytes_per_s: float | None
 
-    def transmission_s(self, rate_bytes_per_s: float | None) -> float:
-        """The message's own part of the delay. The rate is the one known now, in case none was known then."""
-        rate = self.rate_bytes_per_s or rate_bytes_per_s
-        return 0.0 if rate is None else min(self.size_bytes / rate, self.seconds)
+    def without_its_bytes_s(self, rate_bytes_per_s: float) -> float:
+        """What is left of it without the message's own transmission."""
+        return max(0.0, self.seconds - self.size_bytes / rate_bytes_per_s)
 
 
 class WindowedMinimum:
@@ -107,6 +111,7 @@ class LinkEstimator:
 
     def __init__(self) -> None:
         self._round_trips = WindowedMinimum(_ROUND_TRIP_WINDOW_S)
+        self._large_round_trips = WindowedMinimum(_ROUND_TRIP_WINDOW_S)
         self._one_way = WindowedMinimum(_ONE_WAY_WINDOW_S)
         self._samples: deque[tuple[float, float]] = deque(maxlen=_SAMPLES)
         self._short_samples: deque[float] = deque(maxlen=_SAMPLES)
@@ -121,23 +126,22 @@ class LinkEstimator:
 
     @property
     def rate_bytes_per_s(self) -> float | None:
-        """What the link carries when it is never idle."""
-        return self._rate
-
-    @property
-    def proven_bytes_per_s(self) -> float:
-        """What the link carries for certain, as single frames lately have shown: two of them carried this much."""
-        return self._proofs.second
+        """What the link carries when it is never idle, or what single frames lately prove it to carry."""
+        proven = self._proofs.second  # one alone may be a wrong time
+        return self._rate if self._rate is None or proven < _LEAST_PROOF * self._rate else proven
 
     @property
     def is_rate_certain(self) -> bool:
         """Whether the link was busy long enough, lately, to trust the rate."""
         return bool(self._samples)
 
-    @property
-    def base(self) -> LeastDelay | None:
-        """The least round trip lately, with the size of the message that had it."""
-        return self._round_trips.least
+    def way_s(self, rate_bytes_per_s: float) -> float:
+        """There and back, for a message without bytes that waits for nothing; 0 before the first delivery.
+
+        The quickest message may have met a queue that a large one, for all its bytes, did not: both are asked.
+        """
+        quickest = (self._round_trips.least, self._large_round_trips.least)
+        return min((one.without_its_bytes_s(rate_bytes_per_s) for one in quickest if one is not None), default=0.0)
 
     @property
     def round_trip_s(self) -> float | None:
@@ -146,7 +150,13 @@ class LinkEstimator:
         return None if base is None else base.seconds
 
     def on_delivery(
-        self, *, size_bytes: int, sent_s: float, received_us: int, now_s: float, earlier_bytes: int = 0
+        self,
+        *,
+        size_bytes: int,
+        sent_s: float,
+        received_us: int,
+        now_s: float,
+        earlier_bytes: int = 0,
     ) -> None:
         """A message that was sent at `sent_s` arrived at `received_us` by the receiver's clock.
 
@@ -156,8 +166,11 @@ class LinkEstimator:
         known = self._one_way.least
         if known is not None and abs(received_s - sent_s - known.seconds) > _OTHER_CLOCK_S:
             self.forget_clock()
-        base = self._round_trips.add(now_s - sent_s, size_bytes, self._rate, now_s)
-        self._prove(size_bytes, now_s - sent_s, base, now_s)
+        round_trip_s = now_s - sent_s
+        base = self._round_trips.add(round_trip_s, size_bytes, self._rate, now_s)
+        if size_bytes >= _LARGE_BYTES:
+            self._large_round_trips.add(round_trip_s, size_bytes, self._rate, now_s)
+        self._prove(size_bytes, round_trip_s, base, now_s)
         least = self._one_way.add(received_s - sent_s, size_bytes, self._rate, now_s)
         before_s = self._received_s
         if before_s is None:
@@ -178,8 +191,12 @@ class LinkEstimator:
     def _prove(self, size_bytes: int, round_trip_s: float, base: LeastDelay, now_s: float) -> None:
         """All of its bytes went in this time, and those that the quickest frame had not, in what it took longer."""
         more_bytes = max(size_bytes - base.size_bytes, 0)
-        longer_s = max(round_trip_s - base.seconds, _LEAST_PROOF_S)
+        longer_s = max(round_trip_s - base.seconds * (1 - _NOISE_SHARE), _LEAST_PROOF_S)
         self._proofs.add(max(size_bytes / max(round_trip_s, _LEAST_PROOF_S), more_bytes / longer_s), now_s)
+
+    def forget_proofs(self) -> None:
+        """The link has become slower: what single frames have shown of it does not hold."""
+        self._proofs = _TwoLargest(_PROOF_WINDOW_S)
 
     def forget_clock(self) -> None:
         """The receiver may be another one from here on: its clock cannot be compared with what came before."""
@@ -194,8 +211,7 @@ class LinkEstimator:
         return min(_MOST_SLACK_S, least.size_bytes / (least.rate_bytes_per_s or self._rate))
 
     def _measure(self, received_s: float, now_s: float) -> None:
-        base = self._round_trips.least
-        span_s = _LEAST_SPAN_S if base is None else max(_LEAST_SPAN_S, base.seconds)
+        span_s = max(_LEAST_SPAN_S, self.round_trip_s or 0.0)
         busy_s = received_s - self._busy_since_s
         if busy_s >= span_s and self._busy_bytes > 0:
             self._add_sample(self._busy_bytes / busy_s, now_s)

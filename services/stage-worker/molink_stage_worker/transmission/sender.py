@@ -1,14 +1,13 @@
 """Which bytes go onto the link next.
 
-    offer ──▶ decode queue ──────────────▶ next   whole, at once
-          ──▶ bulk queue ──▶ window, pace ─▶ next   in pieces
-    on_ack ──▶ link estimator, window
+    offer ──▶ decode queue ───────────────────▶ next   whole, at once
+          ──▶ bulk queue ──▶ window, link queue ▶ next   in pieces
+    on_ack ──▶ link estimator, link queue, window
 
 Three policies:
 
-* *adaptive*: decode frames at once and before bulk. Bulk in pieces of about half the allowed delay, as many under way
-  as the adapted window allows, not faster one after the other than a little above the link's rate (a window that
-  opens at once after a pause would be the very queue that it is to prevent).
+* *adaptive*: decode frames at once and before bulk. Bulk in pieces of about half the allowed delay, each when what
+  stands on the link is less than that delay, and never more under way than the window allows.
 * *plain*: whole frames, first in first out, no window.
 * *published*: as the MoLink paper (arXiv 2507.05043) has it: pieces of a fixed size and decode frames take strict
   turns under one window for both, computed from an assumed link speed.
@@ -22,17 +21,14 @@ from typing import assert_never
 from molink_common.messages import Scheduling
 from molink_common.wire import Traffic
 from molink_stage_worker.transmission.link_estimator import LinkEstimator
+from molink_stage_worker.transmission.link_queue import LinkQueue
 from molink_stage_worker.transmission.under_way import UnderWay
 from molink_stage_worker.transmission.values import Parcel, Send, SenderReport, SenderSettings
 from molink_stage_worker.transmission.window import AdaptiveWindow, piece_bytes
 
 _ACK_TIMEOUT_ROUND_TRIPS = 8
 _MAX_TIMEOUT_DOUBLINGS = 3
-_LEAST_ROUND_TRIP_S = 1e-4
-"""A coarse clock may show none at all."""
-_PACE = 1.25
-"""Of the link's rate: above it, so that a faster link shows itself."""
-_SLOW_START_PACE = 2.0
+_CLOCK_NOISE_S = 1e-6
 
 
 class LinkSender:
@@ -60,10 +56,9 @@ class LinkSender:
         self._queued_bytes = 0
         self._under_way = {traffic: UnderWay() for traffic in Traffic}
         self._window = AdaptiveWindow(settings)
+        self._queue = LinkQueue(settings.decode_delay_s)
         self._is_bulks_turn = False
-        self._allowance_bytes = float("inf")
-        self._allowance_at_s = 0.0
-        self._pace_wake_s: float | None = None
+        self._bulk_wake_s: float | None = None
         self._decode_clear_at_s = float("-inf")
         """When the link will have taken the decode frames sent so far, by its measured rate."""
         self._bulk_sent_at_s = float("-inf")
@@ -71,7 +66,6 @@ class LinkSender:
         self._last_round_trip_s = 0.0
         self._timeout_doublings = 0
         self._sent_bytes = 0
-        self._delivered_bytes = 0
         self._written_off_bytes = 0
 
     def offer(self, parcel: Parcel, now_s: float) -> None:
@@ -106,7 +100,6 @@ class LinkSender:
             return
         acknowledged = taken[-1]
         total_bytes = sum(entry.size_bytes for entry in taken)
-        self._delivered_bytes += total_bytes
         self.estimator.on_delivery(
             size_bytes=acknowledged.size_bytes,
             earlier_bytes=total_bytes - acknowledged.size_bytes,
@@ -119,16 +112,14 @@ class LinkSender:
         self._last_round_trip_s = now_s - acknowledged.sent_s
         self._timeout_doublings = 0
         self._ack_due_since_s = now_s if self._counted_bytes() else None
-        base = self.estimator.base
-        if self._scheduling is Scheduling.ADAPTIVE and base is not None:
-            self._window.on_ack(
-                piece=acknowledged,
-                now_s=now_s,
-                base=base,
-                rate_bytes_per_s=self.estimator.rate_bytes_per_s,
-                is_rate_certain=self.estimator.is_rate_certain,
-                delivered_bytes=self._delivered_bytes,
-            )
+        if self._scheduling is Scheduling.ADAPTIVE:
+            rate = self.estimator.rate_bytes_per_s
+            way_s = 0.0 if rate is None else self.estimator.way_s(rate)
+            self._window.on_ack(total_bytes, way_s, rate, self._queue)
+            if rate is not None:
+                self._queue.on_ack(acknowledged, way_s, rate, now_s)
+                if self._queue.shows_slower_link:
+                    self.estimator.forget_proofs()
 
     def on_cut_off(self) -> tuple[int, ...]:
         """Forget everything queued and under way: the steps whose frames were not wholly sent and acknowledged.
@@ -142,18 +133,19 @@ class LinkSender:
         self._bulk.clear()
         self._bulk_offset = self._queued_bytes = 0
         self._is_bulks_turn = False
-        self._ack_due_since_s = self._pace_wake_s = None
+        self._ack_due_since_s = self._bulk_wake_s = None
         self._timeout_doublings = 0
         self._window.restart()
+        self._queue.restart()
         self.estimator.forget_clock()
         return tuple(sorted(steps))
 
     def wake_at_s(self) -> float | None:
         """When to call `next` though nothing happens: a piece is to be paced, or an acknowledgement overdue."""
         overdue_s = None if self._ack_due_since_s is None else self._ack_due_since_s + self._ack_timeout_s()
-        if self._pace_wake_s is None:
+        if self._bulk_wake_s is None:
             return overdue_s
-        return self._pace_wake_s if overdue_s is None else min(self._pace_wake_s, overdue_s)
+        return self._bulk_wake_s if overdue_s is None else min(self._bulk_wake_s, overdue_s)
 
     def report(self) -> SenderReport:
         """The link and the queues, now."""
@@ -165,7 +157,7 @@ class LinkSender:
         return SenderReport(
             round_trip_s=self.estimator.round_trip_s,
             rate_bytes_per_s=self.estimator.rate_bytes_per_s,
-            standing_delay_s=self._window.standing_delay_s,
+            standing_delay_s=self._queue.standing_delay_s,
             decode_delay_s=self._settings.decode_delay_s,
             window_bytes=windows[self._scheduling],
             under_way_bytes=self._counted_bytes(),
@@ -190,7 +182,7 @@ class LinkSender:
     # --- policies --------------------------------------------------------------------------------------------
 
     def _next_adaptive(self, now_s: float) -> Send | None:
-        self._pace_wake_s = None
+        self._bulk_wake_s = None
         if self._whole:
             return self._send_whole(now_s)
         if not self._bulk:
@@ -199,12 +191,11 @@ class LinkSender:
         size = self._cut(piece_bytes(rate, self._settings))
         under_way = self._under_way[Traffic.BULK].bytes
         if under_way and under_way + size > self._window.size_bytes:
-            self._window.on_full()
             return None
         if rate is not None:
-            # a rate that was taken for too low must not hold bulk back: the window would do if the link were that slow
-            rate = max(rate, self.estimator.proven_bytes_per_s)
-            if not (self._has_decode_cleared(size, rate, now_s) and self._may_pace(size, rate, now_s)):
+            at_s = self._bulk_may_go_at_s(size, rate, now_s)
+            if now_s < at_s - _CLOCK_NOISE_S:
+                self._bulk_wake_s = at_s
                 return None
         self._bulk_sent_at_s = now_s
         return self._send_piece(size, now_s)
@@ -225,44 +216,24 @@ class LinkSender:
         rest = self._bulk[0].size_bytes - self._bulk_offset
         return -(-rest // -(-rest // most_bytes))
 
-    def _has_decode_cleared(self, size_bytes: int, rate: float, now_s: float) -> bool:
-        """Whether the decode frames sent so far have left for the link, or bulk has waited for its share of it.
+    def _bulk_may_go_at_s(self, size_bytes: int, rate: float, now_s: float) -> float:
+        """When the decode frames sent so far have left and there is room on the link, or bulk has waited for its share.
 
         On a link that shares itself out evenly, a piece sent next to a decode frame would take half of its time.
         """
         settings = self._settings
-        clear_at_s = self._decode_clear_at_s - settings.decode_delay_s / 4  # the piece is to find the link still busy
-        at_s = min(clear_at_s, self._bulk_sent_at_s + size_bytes / rate / settings.bulk_share)
-        if now_s < at_s - 1e-6:
-            self._pace_wake_s = at_s
-            return False
-        return True
-
-    def _may_pace(self, size_bytes: int, rate: float, now_s: float) -> bool:
-        """A token bucket: takes the piece from it, or says when there will be enough."""
-        base = self.estimator.base
-        # spread over the round trip, so that what bulk meets on the way is not always the same phase of decode's
-        evenly = rate if base is None else self._window.size_bytes / max(base.seconds, _LEAST_ROUND_TRIP_S)
-        pace = min(rate, evenly) * (_SLOW_START_PACE if self._window.in_slow_start else _PACE)
-        most = max(2.0 * size_bytes, rate * self._settings.decode_delay_s / 2)
-        earned = (now_s - self._allowance_at_s) * pace
-        self._allowance_bytes = min(most, self._allowance_bytes + earned)
-        self._allowance_at_s = now_s
-        if self._allowance_bytes < size_bytes - 1:  # a clock's rounding is no reason to wait
-            self._pace_wake_s = now_s + (size_bytes - self._allowance_bytes) / pace
-            return False
-        self._allowance_bytes -= size_bytes
-        return True
+        transmission_s = size_bytes / rate
+        room_at_s = now_s + self._queue.wait_s(now_s) - max(0.0, settings.decode_delay_s - transmission_s)
+        cleared_at_s = self._decode_clear_at_s - settings.decode_delay_s / 4  # the piece is to find the link still busy
+        return min(max(room_at_s, cleared_at_s), self._bulk_sent_at_s + transmission_s / settings.bulk_share)
 
     # --- sending ---------------------------------------------------------------------------------------------
 
     def _send_whole(self, now_s: float) -> Send:
         parcel = self._whole.popleft()
-        rate = self.estimator.rate_bytes_per_s
-        if rate is not None:
-            rate = max(rate, self.estimator.proven_bytes_per_s)
-            self._decode_clear_at_s = max(self._decode_clear_at_s, now_s) + parcel.size_bytes / rate
-        return self._sent(parcel, 0, parcel.size_bytes, now_s, whole=True)
+        send = self._sent(parcel, 0, parcel.size_bytes, now_s, whole=True)
+        self._decode_clear_at_s = now_s + self._queue.wait_s(now_s)
+        return send
 
     def _send_piece(self, size_bytes: int, now_s: float) -> Send:
         parcel, offset = self._bulk[0], self._bulk_offset
@@ -274,8 +245,10 @@ class LinkSender:
 
     def _sent(self, parcel: Parcel, offset: int, size_bytes: int, now_s: float, *, whole: bool) -> Send:
         is_last = offset + size_bytes == parcel.size_bytes
+        rate = self.estimator.rate_bytes_per_s
+        foreseen_s = None if rate is None else self._queue.on_send(size_bytes, rate, now_s)
         self._under_way[parcel.traffic].add(
-            step=parcel.step, end=offset + size_bytes, size_bytes=size_bytes, sent_s=now_s
+            step=parcel.step, end=offset + size_bytes, size_bytes=size_bytes, sent_s=now_s, foreseen_s=foreseen_s
         )
         if self._ack_due_since_s is None and self._counts(parcel.traffic):
             self._ack_due_since_s = now_s
@@ -315,3 +288,4 @@ class LinkSender:
         self._ack_due_since_s = None
         self._timeout_doublings = min(self._timeout_doublings + 1, _MAX_TIMEOUT_DOUBLINGS)
         self._window.restart()
+        self._queue.restart()

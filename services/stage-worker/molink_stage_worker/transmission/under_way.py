@@ -18,8 +18,8 @@ class InFlight:
     end: int
     size_bytes: int
     sent_s: float
-    under_way_bytes: int
-    """Of the class when it was sent, with it."""
+    foreseen_s: float | None
+    """What `LinkQueue.on_send` said; None: the rate was not known."""
     number: int
 
 
@@ -34,10 +34,10 @@ class UnderWay:
         self._next_number = 0
         self._written_off_before = 0
 
-    def add(self, *, step: int, end: int, size_bytes: int, sent_s: float) -> None:
+    def add(self, *, step: int, end: int, size_bytes: int, sent_s: float, foreseen_s: float | None) -> None:
         """`end` is where the message ends in its frame."""
         self.bytes += size_bytes
-        entry = InFlight(step, end, size_bytes, sent_s, self.bytes, self._next_number)
+        entry = InFlight(step, end, size_bytes, sent_s, foreseen_s, self._next_number)
         self._next_number += 1
         self._entries.append(entry)
         self._by_place[step, end] = entry
