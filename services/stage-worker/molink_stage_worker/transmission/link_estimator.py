@@ -25,7 +25,7 @@ _ONE_WAY_WINDOW_S = 10.0
 """Short, because the two clocks drift against each other."""
 _OTHER_CLOCK_S = 60.0
 """A receiver's clock that jumps so far is another clock, or the time on one message is wrong."""
-_LARGE_BYTES = 8192
+_LARGE_BYTES = 4096
 _SLOTS = 8
 _SAMPLES = 16
 _QUANTILE = 0.7

@@ -23,8 +23,8 @@ _ROUNDS_ALIKE = 4
 """So many rounds in a row that found the link faster, or slower, than it was taken for are no coincidence."""
 _PROBING_PACE = 2.0
 _GAIN = 0.25
-_QUEUE_SHARE, _MOST_NOISE_S = 1 / 8, 0.016
-"""A queue shows: half of what is allowed, or on long ways this share of the way, if that is more (RFC 9406, 4.2)."""
+_NOISE_SHARE, _MOST_NOISE_S = 1 / 8, 0.016
+"""On long ways so much of the way, at most, is no queue (RFC 9406, 4.2)."""
 _MOST_LATER_S = 0.25
 """More in one round is a receiver that did not look, not a queue."""
 _WAY_AGE_S = 10.0
@@ -49,7 +49,7 @@ class LinkQueue:
         self._way_seen_s: float | None = None
         self._round_began_s: float | None = None
         self._least_error_s = self._least_delay_s = float("inf")
-        self._delays_s = 0.0
+        self._varied: list[float] = []
         self._messages = 0
 
     @property
@@ -74,9 +74,9 @@ class LinkQueue:
             self._way_seen_s = now_s
         if message.foreseen_s is None:  # the rate was not known yet
             return
-        error_s = through_s - message.foreseen_s - self._moved_s
+        self.on_other_ack(message, way_s, now_s)
+        error_s = self._error_s(message, way_s, now_s)
         self._least_error_s = min(self._least_error_s, error_s)
-        self._delays_s += delay_s
         self._messages += 1
         self._least_delay_s = min(self._least_delay_s, delay_s)
         if self._round_began_s is None:
@@ -84,25 +84,41 @@ class LinkQueue:
         elif now_s - self._round_began_s >= (_ROUND_S if self._messages >= _MESSAGES else _LONGEST_ROUND_S):
             self._end_round(way_s, now_s)
 
+    def on_other_ack(self, message: InFlight, way_s: float, now_s: float) -> None:
+        """As `on_ack`, of a message that says nothing about what bulk meets: only how much ways vary."""
+        if message.foreseen_s is None:
+            return
+        error_s = self._error_s(message, way_s, now_s)
+        self._varied.append(error_s)
+        if len(self._varied) == _MESSAGES:
+            self.noise_s += _GAIN * (sum(self._varied) / _MESSAGES - min(self._varied) - self.noise_s)
+            self._varied.clear()
+
+    def _error_s(self, message, way_s, now_s):
+        return now_s - message.sent_s - way_s - message.foreseen_s - self._moved_s
+
     def restart(self) -> None:
         """As at the beginning: what was known does not hold."""
         self.__init__(self._target_s)
 
     def _end_round(self, way_s: float, now_s: float) -> None:
         error_s = min(self._least_error_s, _MOST_LATER_S)
-        if error_s > max(self._target_s / 2, min(way_s * _QUEUE_SHARE, _MOST_NOISE_S)):
+        noise_s = max(self.noise_s, min(way_s * _NOISE_SHARE, _MOST_NOISE_S))
+        if error_s > max(self._target_s / 2, noise_s):
             self._rounds_alike = max(self._rounds_alike, 0) + 1
-            self.pace = 1.0
+        elif error_s < -self._target_s / 4:
+            self._rounds_alike = min(self._rounds_alike, 0) - 1
         else:
-            self._rounds_alike = min(self._rounds_alike, 0) - 1 if error_s < -self._target_s / 4 else 0
-            if self._rounds_alike <= -_ROUNDS_ALIKE:
-                self.pace = _PROBING_PACE
+            self._rounds_alike = 0
+        if self._rounds_alike > 0 or self._least_delay_s > self._target_s + noise_s:
+            self.pace = 1.0
+        elif self._rounds_alike <= -_ROUNDS_ALIKE:
+            self.pace = _PROBING_PACE
         self._clear_at_s = max(self._clear_at_s, now_s) + error_s
         self._moved_s += error_s
         self.standing_delay_s = max(0.0, self._least_delay_s)
-        self.noise_s += _GAIN * (self._delays_s / self._messages - self._least_delay_s - self.noise_s)
         self._round_began_s, self._least_error_s, self._least_delay_s = now_s, float("inf"), float("inf")
-        self._delays_s, self._messages = 0.0, 0
+        self._messages = 0
         if self._way_seen_s is not None and now_s - self._way_seen_s > _WAY_AGE_S:
             self._way_seen_s = now_s
             self._clear_at_s = max(self._clear_at_s, now_s) + 2 * self._target_s

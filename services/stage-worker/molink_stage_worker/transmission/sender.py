@@ -108,6 +108,8 @@ class LinkSender:
             now_s=now_s,
         )
         if not self._counts(traffic):
+            if self._scheduling is Scheduling.ADAPTIVE and (rate := self.estimator.rate_bytes_per_s) is not None:
+                self._queue.on_other_ack(acknowledged, self.estimator.way_s(rate), now_s)
             return
         self._last_round_trip_s = now_s - acknowledged.sent_s
         self._timeout_doublings = 0
@@ -223,7 +225,8 @@ class LinkSender:
         """
         settings = self._settings
         transmission_s = size_bytes / rate
-        room_at_s = now_s + self._queue.wait_s(now_s) - max(0.0, settings.decode_delay_s - transmission_s)
+        allowed_s = max(settings.decode_delay_s, self._queue.noise_s)
+        room_at_s = now_s + self._queue.wait_s(now_s) - max(0.0, allowed_s - transmission_s)
         cleared_at_s = self._decode_clear_at_s - settings.decode_delay_s / 4  # the piece is to find the link still busy
         return min(max(room_at_s, cleared_at_s), self._bulk_sent_at_s + transmission_s / settings.bulk_share)
 

@@ -13,13 +13,13 @@ KIB = 1024
 class SenderSettings:
     """What is wanted of a link. Nothing here depends on how fast the link is."""
 
-    decode_delay_s: float = 0.010
+    decode_delay_s: float = 0.006
     """How long bulk may keep a decode frame waiting: the queue that bulk is allowed to keep on the link."""
     bulk_share: float = 0.1
     """Of the link's rate, what bulk may have under way whatever decode does."""
     start_window_bytes: int = 128 * KIB
     max_window_bytes: int = 16 * KIB * KIB
-    min_piece_bytes: int = 8 * KIB
+    min_piece_bytes: int = 4 * KIB
     max_piece_bytes: int = 64 * KIB
     first_piece_bytes: int = 16 * KIB
     """Until the rate is known."""

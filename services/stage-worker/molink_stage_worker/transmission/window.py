@@ -8,9 +8,11 @@ grows with every acknowledgement, as in TCP's slow start.
 from __future__ import annotations
 
 from molink_stage_worker.transmission.link_queue import LinkQueue
-from molink_stage_worker.transmission.values import SenderSettings
+from molink_stage_worker.transmission.values import KIB, SenderSettings
 
-_LEAST_PIECES = 4
+_LEAST_BYTES = 32 * KIB
+_MOST_STANDING_S = 0.25
+"""So much of a queue that decode makes is made up for, so that bulk keeps its share."""
 
 
 class AdaptiveWindow:
@@ -33,7 +35,8 @@ class AdaptiveWindow:
             target_s, standing_s = settings.decode_delay_s, queue.standing_delay_s or 0.0
             fills = rate_bytes_per_s * queue.pace * (way_s + queue.noise_s + 2 * target_s)
             fits = min(1.0, (way_s + 2 * target_s) / (way_s + standing_s + 1e-6))
-            wanted = max(int(fills * fits), _LEAST_PIECES * piece_bytes(rate_bytes_per_s, settings))
+            share = settings.bulk_share * rate_bytes_per_s * (way_s + min(standing_s, _MOST_STANDING_S))
+            wanted = int(max(fills * fits, share, _LEAST_BYTES, 2 * piece_bytes(rate_bytes_per_s, settings)))
         self.size_bytes = min(wanted, settings.max_window_bytes)
 
 
