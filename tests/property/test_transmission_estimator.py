@@ -37,7 +37,9 @@ def deliver(
         last_s = arrived_s
         received_s = arrived_s * (1 + drift) + 777 + (dice.uniform(1, 5) if dice.random() < outliers else 0.0)
         now_s = max(now_s, arrived_s + way_s * (1 + noise * dice.random()))
-        estimator.on_delivery(size_bytes=size, sent_s=sent_s, received_us=round(received_s * 1e6), now_s=now_s)
+        estimator.on_delivery(
+            size_bytes=size, sent_s=sent_s, received_us=round(received_s * 1e6), now_s=now_s, has_more=True
+        )
 
 
 @settings(max_examples=40, deadline=None)
@@ -90,7 +92,7 @@ def test_nothing_is_known_before_anything_arrived() -> None:
 def test_a_nonsensical_time_of_arrival_is_got_over() -> None:
     estimator = LinkEstimator()
     deliver(estimator, rate=12.5e6, way_s=0.015, seconds=2)
-    estimator.on_delivery(size_bytes=9, sent_s=2.1, received_us=(1 << 64) - 1, now_s=2.2)
+    estimator.on_delivery(size_bytes=9, sent_s=2.1, received_us=(1 << 64) - 1, now_s=2.2, has_more=True)
     deliver(estimator, rate=1.25e6, way_s=0.015, seconds=3, from_s=2.3)
     assert estimator.rate_bytes_per_s == pytest.approx(1.25e6, rel=0.1)
 

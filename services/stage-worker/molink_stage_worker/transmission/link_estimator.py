@@ -10,8 +10,9 @@ maximum, so that one wrong sample does not rule for seconds and a link that beca
 Round trip: the least of the last seconds.
 
 A receiver that is slow to look at what has come (a busy machine) makes frames follow one another as if the link were
-busy, and a thin stream then passes for all that the link carries. Frames that come through quickly prove it wrong: the
-link carries at least a frame's bytes in that time.
+busy, and a thin stream then passes for all that the link carries. So what was measured while the sender had more to
+send goes before the rest; and where there is only the rest, frames that come through quickly prove it wrong: the link
+carries at least a frame's bytes in that time.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ _ONE_WAY_WINDOW_S = 10.0
 _OTHER_CLOCK_S = 60.0
 """A receiver's clock that jumps so far is another clock, or the time on one message is wrong."""
 _LARGE_BYTES = 4096
+"""As pieces of bulk are."""
 _SLOTS = 8
 _SAMPLES = 16
 _QUANTILE = 0.7
@@ -114,6 +116,9 @@ class LinkEstimator:
         self._large_round_trips = WindowedMinimum(_ROUND_TRIP_WINDOW_S)
         self._one_way = WindowedMinimum(_ONE_WAY_WINDOW_S)
         self._samples: deque[tuple[float, float]] = deque(maxlen=_SAMPLES)
+        self._are_driven = False
+        """Whether the samples are of spans in which there was more to send all the time."""
+        self._driven_bytes = 0
         self._short_samples: deque[float] = deque(maxlen=_SAMPLES)
         self._rate: float | None = None
         self._received_s: float | None = None
@@ -128,12 +133,19 @@ class LinkEstimator:
     def rate_bytes_per_s(self) -> float | None:
         """What the link carries when it is never idle, or what single frames lately prove it to carry."""
         proven = self._proofs.second  # one alone may be a wrong time
-        return self._rate if self._rate is None or proven < _LEAST_PROOF * self._rate else proven
+        if self._rate is None or not self.is_app_limited or proven < _LEAST_PROOF * self._rate:
+            return self._rate
+        return proven
 
     @property
     def is_rate_certain(self) -> bool:
         """Whether the link was busy long enough, lately, to trust the rate."""
         return bool(self._samples)
+
+    @property
+    def is_app_limited(self) -> bool:
+        """Whether the rate is only what was used by a sender that had no more to send (BBR's word): a lower bound."""
+        return not (self._samples and self._are_driven)
 
     def way_s(self, rate_bytes_per_s: float) -> float:
         """There and back, for a message without bytes that waits for nothing; 0 before the first delivery.
@@ -156,11 +168,13 @@ class LinkEstimator:
         sent_s: float,
         received_us: int,
         now_s: float,
+        has_more: bool,
         earlier_bytes: int = 0,
     ) -> None:
         """A message that was sent at `sent_s` arrived at `received_us` by the receiver's clock.
 
-        `earlier_bytes` arrived some time before it, unacknowledged.
+        `has_more`: something else waited to be sent behind it. `earlier_bytes` arrived some time before it,
+        unacknowledged.
         """
         received_s = received_us / 1e6
         known = self._one_way.least
@@ -180,11 +194,13 @@ class LinkEstimator:
             self._thin_bytes += size_bytes + earlier_bytes
         if before_s is not None and before_s - sent_s >= least.seconds - self._slack_s(least):
             self._busy_bytes += size_bytes + earlier_bytes
+            self._driven_bytes += has_more * (size_bytes + earlier_bytes)
         else:
             if before_s is not None:
                 self._measure_short(before_s - self._busy_since_s, now_s)
             self._busy_since_s = min(received_s, sent_s + least.seconds)
             self._busy_bytes = max(0, size_bytes - least.size_bytes)
+            self._driven_bytes = has_more * self._busy_bytes
         self._received_s = received_s
         self._measure(received_s, now_s)
 
@@ -194,15 +210,11 @@ class LinkEstimator:
         longer_s = max(round_trip_s - base.seconds * (1 - _NOISE_SHARE), _LEAST_PROOF_S)
         self._proofs.add(max(size_bytes / max(round_trip_s, _LEAST_PROOF_S), more_bytes / longer_s), now_s)
 
-    def forget_proofs(self) -> None:
-        """The link has become slower: what single frames have shown of it does not hold."""
-        self._proofs = _TwoLargest(_PROOF_WINDOW_S)
-
     def forget_clock(self) -> None:
         """The receiver may be another one from here on: its clock cannot be compared with what came before."""
         self._one_way = WindowedMinimum(_ONE_WAY_WINDOW_S)
         self._received_s = None
-        self._busy_bytes = self._thin_bytes = 0
+        self._busy_bytes = self._driven_bytes = self._thin_bytes = 0
 
     def _slack_s(self, least: LeastDelay) -> float:
         """What the least delay holds of its own message's transmission."""
@@ -214,8 +226,8 @@ class LinkEstimator:
         span_s = max(_LEAST_SPAN_S, self.round_trip_s or 0.0)
         busy_s = received_s - self._busy_since_s
         if busy_s >= span_s and self._busy_bytes > 0:
-            self._add_sample(self._busy_bytes / busy_s, now_s)
-            self._busy_since_s, self._busy_bytes = received_s, 0
+            self._add_sample(self._busy_bytes / busy_s, now_s, is_driven=2 * self._driven_bytes > self._busy_bytes)
+            self._busy_since_s, self._busy_bytes, self._driven_bytes = received_s, 0, 0
         elif self._rate is None:
             self._measure_short(busy_s, now_s)
         thin_s = received_s - self._thin_since_s
@@ -231,7 +243,7 @@ class LinkEstimator:
             self._faster_rate = rate
         else:
             self._samples.clear()
-            self._add_sample(min(rate, self._faster_rate), now_s)
+            self._add_sample(min(rate, self._faster_rate), now_s, is_driven=self._are_driven)
             self._faster_rate = None
 
     def _measure_short(self, busy_s: float, now_s: float) -> None:
@@ -243,10 +255,15 @@ class LinkEstimator:
             self._samples.clear()
             self._rate = median(self._short_samples)
 
-    def _add_sample(self, rate: float, now_s: float) -> None:
+    def _add_sample(self, rate: float, now_s: float, *, is_driven: bool) -> None:
         samples = self._samples
         while samples and now_s - samples[0][0] > _SAMPLE_AGE_S:
             samples.popleft()
+        if samples and self._are_driven and not is_driven:
+            return  # what was needed is not what the link carries
+        if is_driven and not self._are_driven:
+            samples.clear()
+        self._are_driven = is_driven
         samples.append((now_s, rate))
         ordered = sorted(sample for _, sample in samples)
         self._rate = ordered[round(_QUANTILE * (len(ordered) - 1))]

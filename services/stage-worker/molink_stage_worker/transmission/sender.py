@@ -1,7 +1,7 @@
 """Which bytes go onto the link next.
 
-    offer ──▶ decode queue ───────────────────▶ next   whole, at once
-          ──▶ bulk queue ──▶ window, link queue ▶ next   in pieces
+    offer ──▶ decode queue ─────────────────────▶ next   whole, at once
+          ──▶ bulk queue ──▶ window, link queue ─▶ next   in pieces
     on_ack ──▶ link estimator, link queue, window
 
 Three policies:
@@ -60,7 +60,7 @@ class LinkSender:
         self._is_bulks_turn = False
         self._bulk_wake_s: float | None = None
         self._decode_clear_at_s = float("-inf")
-        """When the link will have taken the decode frames sent so far, by its measured rate."""
+        """When the link will have taken the decode frames sent so far."""
         self._bulk_sent_at_s = float("-inf")
         self._ack_due_since_s: float | None = None
         self._last_round_trip_s = 0.0
@@ -106,22 +106,27 @@ class LinkSender:
             sent_s=acknowledged.sent_s,
             received_us=received_us,
             now_s=now_s,
+            has_more=acknowledged.has_more,
         )
+        rate = self.estimator.rate_bytes_per_s
+        way_s = 0.0 if rate is None else self.estimator.way_s(rate)
+        is_adaptive = self._scheduling is Scheduling.ADAPTIVE
+        if is_adaptive and rate is not None:
+            self._queue.on_ack(
+                acknowledged,
+                way_s=way_s,
+                rate_bytes_per_s=rate,
+                is_guess=self.estimator.is_app_limited,
+                is_bulk=traffic is Traffic.BULK,
+                now_s=now_s,
+            )
         if not self._counts(traffic):
-            if self._scheduling is Scheduling.ADAPTIVE and (rate := self.estimator.rate_bytes_per_s) is not None:
-                self._queue.on_other_ack(acknowledged, self.estimator.way_s(rate), now_s)
             return
         self._last_round_trip_s = now_s - acknowledged.sent_s
         self._timeout_doublings = 0
         self._ack_due_since_s = now_s if self._counted_bytes() else None
-        if self._scheduling is Scheduling.ADAPTIVE:
-            rate = self.estimator.rate_bytes_per_s
-            way_s = 0.0 if rate is None else self.estimator.way_s(rate)
+        if is_adaptive:
             self._window.on_ack(total_bytes, way_s, rate, self._queue)
-            if rate is not None:
-                self._queue.on_ack(acknowledged, way_s, rate, now_s)
-                if self._queue.shows_slower_link:
-                    self.estimator.forget_proofs()
 
     def on_cut_off(self) -> tuple[int, ...]:
         """Forget everything queued and under way: the steps whose frames were not wholly sent and acknowledged.
@@ -251,7 +256,12 @@ class LinkSender:
         rate = self.estimator.rate_bytes_per_s
         foreseen_s = None if rate is None else self._queue.on_send(size_bytes, rate, now_s)
         self._under_way[parcel.traffic].add(
-            step=parcel.step, end=offset + size_bytes, size_bytes=size_bytes, sent_s=now_s, foreseen_s=foreseen_s
+            step=parcel.step,
+            end=offset + size_bytes,
+            size_bytes=size_bytes,
+            sent_s=now_s,
+            has_more=bool(self._whole or self._bulk),
+            foreseen_s=foreseen_s,
         )
         if self._ack_due_since_s is None and self._counts(parcel.traffic):
             self._ack_due_since_s = now_s

@@ -18,6 +18,8 @@ class InFlight:
     end: int
     size_bytes: int
     sent_s: float
+    has_more: bool
+    """Something else waited to be sent behind it."""
     foreseen_s: float | None
     """What `LinkQueue.on_send` said; None: the rate was not known."""
     number: int
@@ -34,10 +36,12 @@ class UnderWay:
         self._next_number = 0
         self._written_off_before = 0
 
-    def add(self, *, step: int, end: int, size_bytes: int, sent_s: float, foreseen_s: float | None) -> None:
+    def add(
+        self, *, step: int, end: int, size_bytes: int, sent_s: float, has_more: bool, foreseen_s: float | None
+    ) -> None:
         """`end` is where the message ends in its frame."""
         self.bytes += size_bytes
-        entry = InFlight(step, end, size_bytes, sent_s, foreseen_s, self._next_number)
+        entry = InFlight(step, end, size_bytes, sent_s, has_more, foreseen_s, self._next_number)
         self._next_number += 1
         self._entries.append(entry)
         self._by_place[step, end] = entry
