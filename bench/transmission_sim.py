@@ -9,14 +9,19 @@ Goodput and rate are shares of what the link carries; waits are what held a deco
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
+from statistics import mean, median
 
 from molink_common.messages import Scheduling
 from molink_common.wire import Traffic
 from molink_stage_worker.transmission import LinkSender
 from tests.transmission_simulator import LinkModel, Simulation
 
-_LINKS = [(mbit, round_trip_s) for mbit in (10, 100, 1000) for round_trip_s in (0.002, 0.03, 0.1)]
+_ROUND_TRIPS_S = (0.002, 0.03, 0.1)
+_LINKS = [(mbit, round_trip_s) for mbit in (10, 100, 1000) for round_trip_s in _ROUND_TRIPS_S]
+_LOADS = (0.3, 0.5, 0.7, 0.85)
+_PERIODS_S = (0.03, 0.054, 0.077, 0.154, 0.3)
 
 
 def make_simulation(scheduling: Scheduling, mbit: float, round_trip_s: float, jitter: float) -> Simulation:
@@ -43,6 +48,27 @@ def show_link(scheduling: Scheduling, mbit: float, round_trip_s: float, jitter: 
         f"bulk of the rest {share:5.3f}  wait p50 {waits_ms[len(waits_ms) // 2]:6.1f} "
         f"p95 {waits_ms[int(0.95 * len(waits_ms))]:6.1f} max {waits_ms[-1]:6.1f} ms  "
         f"rate {rate:4.2f}  window {report.window_bytes >> 10} KiB"
+    )
+
+
+def show_beats(mbit: float) -> None:
+    """Bulk beside decode frames of many sizes and beats: one line for all of them, twelve seconds each."""
+    shares, waits_ms = [], []
+    for round_trip_s, load, period_s, unsteady in itertools.product(_ROUND_TRIPS_S, _LOADS, _PERIODS_S, (0.0, 0.5)):
+        simulation = make_simulation(Scheduling.ADAPTIVE, mbit, round_trip_s, 0.1)
+        rate, dice, at_s = simulation.link.rate_bytes_per_s, random.Random(3), 0.5
+        simulation.keep_bulk_queued(16.0)
+        while at_s < 16.0:
+            simulation.offer_at(at_s, Traffic.DECODE, round(load * period_s * rate))
+            at_s += period_s * (1 + unsteady * dice.uniform(-1, 1))
+        simulation.run(4.0)
+        before = simulation.bulk_bytes_received
+        simulation.run(15.9)
+        shares.append((simulation.bulk_bytes_received - before) / 11.9 / rate / (1 - load))
+        waits_ms.append(median(1e3 * wait.waited_s for wait in simulation.decode_waits if wait.offered_s > 4.0))
+    print(
+        f"{len(shares)} beats of decode at {mbit} Mbit/s: bulk got {mean(shares):.2f} of the rest (least {min(shares):.2f}, "
+        f"{sum(share < 0.8 for share in shares)} below 0.8); decode waited {mean(waits_ms):.1f} ms in the middle"
     )
 
 
@@ -83,6 +109,8 @@ def main() -> None:
     for decode_load in (0.02, 0.5, 0.8):
         for mbit, round_trip_s in _LINKS:
             show_link(Scheduling.ADAPTIVE, mbit, round_trip_s, 0.1, decode_load)
+    for mbit in (10, 100):
+        show_beats(mbit)
     for scheduling in (Scheduling.PUBLISHED, Scheduling.PLAIN):
         show_link(scheduling, 100, 0.03, 0.1, 0.5)
     send_randomly(sends)

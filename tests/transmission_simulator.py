@@ -122,6 +122,16 @@ class Simulation:
                 from_s + index * period_s, Traffic.DECODE, round(load * period_s * self.link.rate_bytes_per_s)
             )
 
+    def share_with_others(self, from_s: float, until_s: float, *, share: float, period_s: float = 0.004) -> None:
+        """Somebody else's messages go over the link, too: so much of what it carries."""
+
+        def send() -> None:
+            self._free_s = max(self._free_s, self.now_s) + share * period_s
+            if self.now_s + period_s < until_s:
+                self.at(self.now_s + period_s, send)
+
+        self.at(from_s, send)
+
     def offer_randomly(self, until_s: float, *, decode_load: float, bulk_load: float) -> None:
         """Frames of all sizes at random times, so much of what the link carries."""
         dice = self._random

@@ -24,6 +24,7 @@ def deliver(
     drift: float = 0.0,
     from_s: float = 0.0,
     seed: int = 0,
+    has_more: bool = True,
 ) -> None:
     """Frames one after the other; with `gap_s` the link is idle between them. Three are under way at any time."""
     dice = random.Random(seed)
@@ -38,7 +39,7 @@ def deliver(
         received_s = arrived_s * (1 + drift) + 777 + (dice.uniform(1, 5) if dice.random() < outliers else 0.0)
         now_s = max(now_s, arrived_s + way_s * (1 + noise * dice.random()))
         estimator.on_delivery(
-            size_bytes=size, sent_s=sent_s, received_us=round(received_s * 1e6), now_s=now_s, has_more=True
+            size_bytes=size, sent_s=sent_s, received_us=round(received_s * 1e6), now_s=now_s, has_more=has_more
         )
 
 
@@ -103,3 +104,16 @@ def test_another_receivers_clock_does_not_matter_after_forgetting() -> None:
     estimator.forget_clock()
     deliver(estimator, rate=12.5e6, way_s=0.015, seconds=2, from_s=-1000.0)
     assert estimator.rate_bytes_per_s == pytest.approx(12.5e6, rel=0.05)
+
+
+def test_what_a_thin_stream_used_does_not_replace_what_the_link_was_seen_to_carry() -> None:
+    estimator = LinkEstimator()
+    deliver(estimator, rate=1e6, way_s=0.015, seconds=2, has_more=False)
+    assert estimator.is_app_limited
+    deliver(estimator, rate=12.5e6, way_s=0.015, seconds=2, from_s=10)
+    assert not estimator.is_app_limited
+    deliver(estimator, rate=1e6, way_s=0.015, seconds=2, from_s=20, has_more=False)
+    assert estimator.rate_bytes_per_s == pytest.approx(12.5e6, rel=0.05)
+    deliver(estimator, rate=1e6, way_s=0.015, seconds=2, from_s=60, has_more=False)
+    assert estimator.is_app_limited, "half a minute later it may be another link"
+    assert estimator.rate_bytes_per_s == pytest.approx(1e6, rel=0.05)

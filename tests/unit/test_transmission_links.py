@@ -61,6 +61,36 @@ def test_bulk_gets_the_rest_beside_decode_in_bursts(mbit: float, round_trip_s: f
     assert waits[-1] <= 0.035
 
 
+@pytest.mark.parametrize("period_s", [0.03, 0.054, 0.077, 0.154, 0.3])
+@pytest.mark.parametrize("load", [0.3, 0.5, 0.7, 0.85])
+@pytest.mark.parametrize(("mbit", "round_trip_s"), [(10, 0.03), (10, 0.1), (100, 0.1)])
+def test_bulk_gets_the_rest_whatever_the_beat_of_decode(
+    mbit: float, round_trip_s: float, load: float, period_s: float
+) -> None:
+    simulation = make_simulation(mbit, round_trip_s, jitter=0.1)
+    simulation.keep_bulk_queued(12.0)
+    simulation.offer_decode_bursts(0.5, 12.0, load=load, period_s=period_s)
+    simulation.run(6.0)  # the bulk that was under way when decode began is a queue that takes its time
+    assert bulk_share(simulation, 5.9) >= 0.9 * (1 - load)
+    assert late_waits_s(simulation, 6.0)[-1] <= 0.030
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5])
+@pytest.mark.parametrize(("mbit", "round_trip_s"), [(10, 0.03), (100, 0.002), (100, 0.03), (100, 0.1)])
+def test_where_others_send_too_bulk_takes_what_they_leave_and_makes_no_queue(
+    mbit: float, round_trip_s: float, share: float
+) -> None:
+    simulation = make_simulation(mbit, round_trip_s, jitter=0.1)
+    simulation.keep_bulk_queued(10.0)
+    simulation.offer_decode_bursts(0.5, 10.0, load=0.05)
+    simulation.share_with_others(2.0, 10.0, share=share)
+    simulation.run(5.0)
+    assert bulk_share(simulation, 4.9) >= 0.9 * (0.95 - share)
+    waits = late_waits_s(simulation, 5.0)
+    assert waits[len(waits) // 2] <= 0.015
+    assert simulation.sender.report().rate_bytes_per_s == pytest.approx((1 - share) * mbit * MBIT, rel=0.1)
+
+
 @pytest.mark.parametrize(("before", "after"), [(100, 10), (1000, 100), (10, 100), (100, 1000)])
 @pytest.mark.parametrize("round_trip_s", [0.002, 0.03])
 def test_a_link_that_changes_tenfold_is_followed(before: float, after: float, round_trip_s: float) -> None:
@@ -101,9 +131,13 @@ def test_the_baselines_make_decode_wait_as_the_scheme_says() -> None:
     assert longest[Scheduling.PLAIN] > 2.0
 
 
-@pytest.mark.parametrize("stall_s", [0.03, 0.06])
-def test_a_thin_stream_to_a_slow_receiver_does_not_pass_for_all_that_the_link_carries(stall_s: float) -> None:
-    simulation = make_simulation(1000, 0.0005)
+@pytest.mark.parametrize(
+    ("mbit", "round_trip_s", "stall_s"), [(1000, 0.0005, 0.03), (1000, 0.0005, 0.06), (100, 0.03, 0.03)]
+)
+def test_a_thin_stream_to_a_slow_receiver_does_not_pass_for_all_that_the_link_carries(
+    mbit: float, round_trip_s: float, stall_s: float
+) -> None:
+    simulation = make_simulation(mbit, round_trip_s)
     simulation.link.stall_s = stall_s
     for index in range(600):
         simulation.offer_at(index * 0.02, Traffic.DECODE, 2400)
