@@ -67,8 +67,9 @@ def show_beats(mbit: float) -> None:
         shares.append((simulation.bulk_bytes_received - before) / 11.9 / rate / (1 - load))
         waits_ms.append(median(1e3 * wait.waited_s for wait in simulation.decode_waits if wait.offered_s > 4.0))
     print(
-        f"{len(shares)} beats of decode at {mbit} Mbit/s: bulk got {mean(shares):.2f} of the rest (least {min(shares):.2f}, "
-        f"{sum(share < 0.8 for share in shares)} below 0.8); decode waited {mean(waits_ms):.1f} ms in the middle"
+        f"{len(shares)} beats of decode at {mbit} Mbit/s: bulk got {mean(shares):.2f} of the rest "
+        f"(least {min(shares):.2f}, {sum(share < 0.8 for share in shares)} below 0.8); "
+        f"decode waited {mean(waits_ms):.1f} ms in the middle"
     )
 
 
