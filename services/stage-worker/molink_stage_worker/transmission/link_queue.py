@@ -22,7 +22,7 @@ from molink_stage_worker.transmission.under_way import InFlight
 _ROUND_S = 0.050
 _LEAST_MESSAGES, _LONGEST_ROUND_S = 6, 0.150
 """With fewer messages a round is longer, up to this: the least of few is noise."""
-_EARLY_ROUNDS = 4
+_IDLE_ROUNDS = 6
 """So many in a row are no coincidence."""
 _PROBING_PACE = 2.0
 _GUESS_PACE = 4.0
@@ -46,6 +46,8 @@ class _Round:
     messages: int = 0
     least_error_s: float = float("inf")
     least_delay_s: float = float("inf")
+    had_more: bool = True
+    """All the time something waited to be sent behind them."""
 
     def is_over(self, now_s: float) -> bool:
         return now_s - self.began_s >= (_ROUND_S if self.messages >= _LEAST_MESSAGES else _LONGEST_ROUND_S)
@@ -67,7 +69,8 @@ class LinkQueue:
         self._clear_at_s = float("-inf")
         self._moved_s = 0.0
         self._is_probing = self._is_guess = True
-        self._early_rounds = 0
+        self._idle_rounds = 0
+        """In a row, in which something met no queue though there was more to send."""
         self._way_seen_s: float | None = None
         self._errors_s: list[float] = []
         self._round: _Round | None = None
@@ -108,6 +111,7 @@ class LinkQueue:
         if round_ is None:
             round_ = self._round = _Round(now_s)
         round_.messages += 1
+        round_.had_more &= message.has_more
         round_.least_error_s = min(round_.least_error_s, error_s)
         round_.least_delay_s = min(round_.least_delay_s, delay_s)
         if round_.is_over(now_s):
@@ -127,11 +131,12 @@ class LinkQueue:
         error_s = min(round_.least_error_s, _MOST_LATER_S)
         if error_s > 0:
             error_s = max(0.0, error_s - _NOISE_IN_LEAST * self.noise_s)
-        self._early_rounds = self._early_rounds + 1 if error_s < -self._target_s / 4 else 0
-        if error_s > max(self._target_s / 2, noise_s) or round_.least_delay_s > self._target_s + noise_s:
-            self._is_probing = False
-        elif self._early_rounds >= _EARLY_ROUNDS:
-            self._is_probing = True
+        is_late = error_s > max(self._target_s / 2, noise_s) or round_.least_delay_s > self._target_s + noise_s
+        if is_late:
+            self._is_probing, self._idle_rounds = False, 0
+        elif round_.had_more:
+            self._idle_rounds = self._idle_rounds + 1 if round_.least_delay_s < self._target_s / 6 else 0
+            self._is_probing = self._is_probing or self._idle_rounds >= _IDLE_ROUNDS
         self._move(error_s, now_s)
         self._moved_s += error_s
         if self._way_seen_s is not None and now_s - self._way_seen_s > _WAY_AGE_S:
