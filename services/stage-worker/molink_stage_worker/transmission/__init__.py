@@ -3,6 +3,7 @@
 values          what goes in and comes out
 link_estimator  how fast the link is and how long its way, from acknowledged deliveries
 under_way       what has been sent and not acknowledged
+link_queue      what stands on the link now
 window          how much of class bulk may be under way
 sender          which bytes next: the three policies
 """

@@ -6,8 +6,8 @@ took less is a link that is faster than it was taken for. The queue is moved by 
 messages later, so the least is the one to go by (as in CoDel, RFC 8289).
 
 A link is taken for faster than it was measured as long as nothing shows that it is not: at the beginning, until a
-queue shows (as TCP's slow start, with HyStart's end, RFC 9406), where round after round came early, and where the rate
-is only what a sender without more to send used.
+queue shows (as TCP's slow start, with HyStart's end, RFC 9406), where bulk met none in round after round though there
+was more to send, and where the rate is only what a sender without more to send used.
 
 Bulk that never pauses hides the way without a queue. Where that has not been seen for ten seconds, the queue counts
 as longer once, so that the link runs dry for a moment (as BBR's ProbeRTT does).
@@ -24,8 +24,8 @@ _LEAST_MESSAGES, _LONGEST_ROUND_S = 6, 0.150
 """With fewer messages a round is longer, up to this: the least of few is noise."""
 _IDLE_ROUNDS = 6
 """So many in a row are no coincidence."""
-_PROBING_PACE = 2.0
-_GUESS_PACE = 4.0
+_PROBING_PACE, _GUESS_PACE = 2.0, 4.0
+"""Times the measured rate; the second where it is only what was used."""
 _NOISE_GAIN = 0.25
 _NOISE_IN_LEAST = 0.4
 """Of the noise: so much later is the least of a round, though nothing stands."""
@@ -116,7 +116,7 @@ class LinkQueue:
         round_.least_delay_s = min(round_.least_delay_s, delay_s)
         if round_.is_over(now_s):
             self._end_round(round_, way_s, now_s)
-            self._round = _Round(now_s)
+            self._round = None
 
     def _learn_noise(self, error_s: float) -> None:
         self._errors_s.append(error_s)
