@@ -87,3 +87,13 @@ def test_a_way_round_that_seems_to_take_no_time_is_no_fault() -> None:
         foreseen_s = queue.on_send(PIECE, RATE, 0.1 * index)
         ack(queue, sent_s=0.1 * index, foreseen_s=foreseen_s, took_s=0.0)
     assert queue.wait_s(4.0) == 0.0
+
+
+def test_what_was_sent_before_a_restart_is_still_understood() -> None:
+    queue = settled_queue()
+    send_for_a_while(queue, 5.0, 0.5, later_s=0.040)
+    foreseen_s = [queue.on_send(PIECE, RATE, sent_s) for sent_s in (7.0, 7.2)]
+    queue.restart()
+    for sent_s, one_s in zip((7.0, 7.2), foreseen_s, strict=True):
+        ack(queue, sent_s=sent_s, foreseen_s=one_s, took_s=WAY_S + PIECE / RATE)
+    assert queue.wait_s(7.24) <= 0.006

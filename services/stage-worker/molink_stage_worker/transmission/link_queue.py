@@ -58,6 +58,8 @@ class LinkQueue:
 
     def __init__(self, target_s: float) -> None:
         self._target_s = target_s
+        self._moved_s = 0.0
+        """By all rounds so far. Never begun anew: messages sent before a restart may still be acknowledged."""
         self.restart()
 
     def restart(self) -> None:
@@ -67,7 +69,6 @@ class LinkQueue:
         self.noise_s = 0.0
         """What messages take longer, in the middle, than the quickest of the same while, and for no reason known."""
         self._clear_at_s = float("-inf")
-        self._moved_s = 0.0
         self._is_probing = self._is_guess = True
         self._idle_rounds = 0
         """In a row, in which something met no queue though there was more to send."""

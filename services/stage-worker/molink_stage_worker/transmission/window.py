@@ -1,4 +1,4 @@
-"""How much of class bulk may be under way, whatever `link_queue` takes the link for.
+"""How much of class bulk may be under way at most: a bound on what `link_queue` may get wrong.
 
 What fills the way there and back, and twice the queue that is allowed: bulk is sent so that one such queue stands, and
 the rest is what a rate that was taken for too high may cost before it shows. Where a longer queue stands all the same,
