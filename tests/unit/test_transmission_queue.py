@@ -95,5 +95,5 @@ def test_what_was_sent_before_a_restart_is_still_understood() -> None:
     foreseen_s = [queue.on_send(PIECE, RATE, sent_s) for sent_s in (7.0, 7.2)]
     queue.restart()
     for sent_s, one_s in zip((7.0, 7.2), foreseen_s, strict=True):
-        ack(queue, sent_s=sent_s, foreseen_s=one_s, took_s=WAY_S + PIECE / RATE)
-    assert queue.wait_s(7.24) <= 0.006
+        ack(queue, sent_s=sent_s, foreseen_s=one_s, took_s=WAY_S + PIECE / RATE + 0.040)
+    assert queue.wait_s(7.28) > 0.020, "they were late, and are seen to be"
