@@ -56,6 +56,11 @@ class SyntheticModel:
         return self._tokenizer.read_file(name, offset, size)
 
 
+def parameters_per_s(curve: CostCurve) -> float | None:
+    """The speed that a worker with this curve offers; None where reading weights takes no time."""
+    return _LAYER_PARAMETERS / curve.layer_read_s if curve.layer_read_s else None
+
+
 def prepare_synthetic(reference: str, cache: Path, told: Told) -> SyntheticModel:
     """The synthetic 70B; `reference` is the model whose tokenizer it speaks with, best the demo model.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,14 @@ def test_the_speed_is_measured_in_any_format_and_within_bounds_of_reason() -> No
         # from a single slow core to far more than any CPU reads
         assert speed is not None and 1e7 < speed < 1e13
     assert inspect(device="cpu", memory_bytes=1).parameters_per_s is not None
+
+
+def test_who_never_has_its_core_for_long_measures_the_same_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = itertools.count()
+    # every third product waits for the core: so every time that all the weights are passed is disturbed
+    monkeypatch.setattr(hardware, "_passed_s", lambda _token, _weights: 0.1 if next(calls) % 3 == 0 else 0.001)
+    speed = parameters_per_s("cpu", Dtype.BFLOAT16, within_s=60.0)
+    assert speed == pytest.approx(64 * 2**20 / 2 / (8 * 0.001))
 
 
 def test_a_device_that_cannot_be_measured_has_no_speed() -> None:

@@ -16,7 +16,8 @@ from molink_common.memory import spare_what_lives
 from molink_common.service import run_service
 from molink_common.telemetry import open_telemetry
 from molink_stage_worker.engine.loading import load_engine
-from molink_stage_worker.hardware import inspect, usable_threads
+from molink_stage_worker.hardware import Hardware, usable_threads
+from molink_stage_worker.hardware import inspect as inspect_hardware
 from molink_stage_worker.models import prepare as prepare_model
 from molink_stage_worker.settings import StageWorkerSettings, size_bytes
 from molink_stage_worker.stage_loading import EngineLoader, Told
@@ -43,6 +44,7 @@ async def serve(
     *,
     prepare: PrepareIn = _prepare,
     load_engine: EngineLoader = load_engine,
+    inspect: Callable[..., Hardware] = inspect_hardware,
 ) -> None:
     """Open what the worker needs, run it, close everything."""
     threads = settings.threads or usable_threads()

@@ -21,7 +21,9 @@ _NO_LIMIT_BYTES = 1 << 60
 _MEASURED_BYTES = 64 * 2**20
 """More than the caches of most devices hold."""
 _MEASURED_COLUMNS = 4096
-_MEASURED_TIMES = 8
+_MEASURED_AT_ONCE_BYTES = 8 * 2**20
+"""On a CPU: takes less than the system leaves a process its core at a time."""
+_MEASURED_TIMES = 16
 _MEASURED_WITHIN_S = 0.2
 
 
@@ -77,24 +79,27 @@ def parameters_per_s(device: str, dtype: Dtype, *, within_s: float = _MEASURED_W
     """How many weights a product of a matrix and a vector passes in a second, the best of a few.
 
     None where it cannot be measured. A decode step is a row of such products, and each reads its weights once, from
-    memory. Whatever else the machine does can only make it slower, so the best of several counts.
+    memory. Whatever else the machine does can only make it slower, so the best of several counts: on a CPU of each
+    part by itself, because workers that start together share its cores, and hardly ever has one a core for it all.
     """
     kind: torch.dtype = getattr(torch, dtype)
     rows = _MEASURED_BYTES // (_MEASURED_COLUMNS * kind.itemsize)
+    at_once = _MEASURED_AT_ONCE_BYTES if device == "cpu" else _MEASURED_BYTES
     began_s = time.perf_counter()
     try:
         weights = torch.ones(rows, _MEASURED_COLUMNS, dtype=kind, device=device)
         token = torch.ones(1, _MEASURED_COLUMNS, dtype=kind, device=device)
-        shortest_s = math.inf
+        parts = weights.split(at_once // (_MEASURED_COLUMNS * kind.itemsize))
         with torch.inference_mode():
-            _passed_s(token, weights)  # the first one also sets the libraries up
+            _passed_s(token, parts[0])  # the first one also sets the libraries up
+            shortest_s = [math.inf] * len(parts)
             for _ in range(_MEASURED_TIMES):
-                shortest_s = min(shortest_s, _passed_s(token, weights))
+                shortest_s = [min(best, _passed_s(token, part)) for best, part in zip(shortest_s, parts, strict=True)]
                 if time.perf_counter() - began_s >= within_s:
                     break
     except RuntimeError:  # no memory is free, or no such product is there: the worker serves nevertheless
         return None
-    return rows * _MEASURED_COLUMNS / shortest_s
+    return rows * _MEASURED_COLUMNS / sum(shortest_s)
 
 
 def _passed_s(token: torch.Tensor, weights: torch.Tensor) -> float:
