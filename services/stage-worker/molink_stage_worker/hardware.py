@@ -7,6 +7,7 @@ import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import psutil
 import torch
@@ -23,8 +24,8 @@ _MEASURED_BYTES = 64 * 2**20
 _MEASURED_COLUMNS = 4096
 _MEASURED_AT_ONCE_BYTES = 8 * 2**20
 """On a CPU: takes less than the system leaves a process its core at a time."""
-_MEASURED_TIMES = 16
-_MEASURED_WITHIN_S = 0.2
+_MEASURED_TIMES = 8
+_MEASURED_WITHIN_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +81,8 @@ def parameters_per_s(device: str, dtype: Dtype, *, within_s: float = _MEASURED_W
 
     None where it cannot be measured. A decode step is a row of such products, and each reads its weights once, from
     memory. Whatever else the machine does can only make it slower, so the best of several counts: on a CPU of each
-    part by itself, because workers that start together share its cores, and hardly ever has one a core for it all.
+    part by itself, and of these the median, because workers that start together share its cores, and hardly ever has
+    one of them a core for it all.
     """
     kind: torch.dtype = getattr(torch, dtype)
     rows = _MEASURED_BYTES // (_MEASURED_COLUMNS * kind.itemsize)
@@ -89,7 +91,7 @@ def parameters_per_s(device: str, dtype: Dtype, *, within_s: float = _MEASURED_W
     try:
         weights = torch.ones(rows, _MEASURED_COLUMNS, dtype=kind, device=device)
         token = torch.ones(1, _MEASURED_COLUMNS, dtype=kind, device=device)
-        parts = weights.split(at_once // (_MEASURED_COLUMNS * kind.itemsize))
+        parts = torch.split(weights, at_once // (_MEASURED_COLUMNS * kind.itemsize))
         with torch.inference_mode():
             _passed_s(token, parts[0])  # the first one also sets the libraries up
             shortest_s = [math.inf] * len(parts)
@@ -99,7 +101,7 @@ def parameters_per_s(device: str, dtype: Dtype, *, within_s: float = _MEASURED_W
                     break
     except RuntimeError:  # no memory is free, or no such product is there: the worker serves nevertheless
         return None
-    return rows * _MEASURED_COLUMNS / sum(shortest_s)
+    return rows * _MEASURED_COLUMNS / (len(parts) * median(shortest_s))
 
 
 def _passed_s(token: torch.Tensor, weights: torch.Tensor) -> float:
