@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from dataclasses import replace
@@ -75,6 +76,14 @@ def test_speed_counts_in_the_format_of_the_pipeline() -> None:
     half = replace(worker("bf16", 20e9), measured_in=BF16)
     whole = replace(worker("fp32", 10e9), measured_in=Dtype.FLOAT32)
     assert set(layers(placed([half, whole])).values()) == {20}
+
+
+@pytest.mark.parametrize("by_speed", [True, False])
+def test_who_joined_first_does_not_matter(by_speed: bool) -> None:
+    pool = [worker(f"w{i}", 10e9 if by_speed else None, site=f"{i}") for i in range(4)]
+    maps = [placed(list(order)).pipelines for order in itertools.permutations(pool)]
+    assert [stage.worker for stage in maps[0][0].stages] == ["w0", "w1", "w2", "w3"]
+    assert all(one == maps[0] for one in maps)
 
 
 def test_every_worker_that_makes_it_faster_is_used() -> None:

@@ -44,11 +44,13 @@ def place(card: ModelCard, offers: Sequence[Offer], *, dtype: Dtype, settings: P
     """Cut the model over the offers: every layer once in each pipeline, in order, within memory.
 
     With `max_pipelines` above 1, workers that the first pipeline leaves over make up further ones; or the pool is
-    divided, where pipelines of its parts are faster together. Gives the same answer for the same offers.
+    divided, where pipelines of its parts are faster together. Gives the same answer for the same offers, in whatever
+    order they came: who starts again with a pool finds its layers on its disk.
     """
     sizes = Sizes(card, dtype, settings)
     unable = {offer.worker: why for offer in offers if (why := why_unable(offer, sizes, settings)) is not None}
     fit = [offer for offer in offers if offer.worker not in unable]
+    fit.sort(key=lambda offer: (offer.site, offer.worker))
     pool = candidates_of(fit, dtype, settings.overhead_bytes)
     by_speed = are_measured(fit)
     if settings.min_stages > card.num_layers:
