@@ -4,8 +4,8 @@
     python -m bench.goodput --links 100m30 --json
 
 A synthetic 70B on two hosts prefills one long prompt and nothing else; its activations are 16 KiB a token, so that
-the link is the limit. Counted are the bytes of frames that the head's sender reports, between two of its heartbeats
-in the middle of the prompt. What TCP is read to get counts for no more than the link carries of payload: bytes that
+the link is the limit. Counted are the bytes that come through the tail's device in the middle of the prompt, less the
+headers of full packets. What TCP is read to get counts for no more than the link carries of payload: bytes that
 waited behind a lost packet, and came before the reading began, are read all at once.
 """
 
@@ -32,7 +32,17 @@ from bench.netlab.serving import ServingSystem, serving
 _PROMPT_SHARE = 0.95
 _EDGE_S = 1.5
 _TCP_S = 5.0
-_TOKEN_BYTES = 16 * 1024
+_LOOK_EVERY_S = 0.1
+_LEAST_LOOKS = 10
+_PAYLOAD_SHARE = 1448 / 1500
+"""Of a full packet: all but the headers of IPv4 and of TCP with time stamps."""
+_WATCH = """
+import sys, time
+while True:
+    line = next(line for line in open("/proc/net/dev") if line.strip().startswith(sys.argv[1] + ":"))
+    print(time.perf_counter(), line.split(":")[1].split()[0], flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
 
 
 async def main(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -69,27 +79,26 @@ async def _measure(link: str, folder: Path) -> dict[str, Any]:
 
 
 async def _prefill(system: ServingSystem) -> float:
-    """Bytes a second of frames while a prompt that fills most of the context is prefilled."""
-    status = await system.status()
-    card = status["card"]
+    """Payload bytes a second over the link while a prompt that fills most of the context is prefilled."""
+    card = (await system.status())["card"]
     prompt = [200] * int(card["context_length"] * _PROMPT_SHARE)
     trace = TokenTrace(prompt_tokens=len(prompt), started_s=time.perf_counter())
+    watch = (sys.executable, "-I", "-S", "-c", _WATCH, system.lab.device("b", "a"), str(_LOOK_EVERY_S))
     seen: list[tuple[float, int]] = []
-    async with asyncio.TaskGroup() as tasks:
+    async with asyncio.TaskGroup() as tasks, system.lab.program("b", watch) as watching:
         asking = tasks.create_task(
             trace_completion(trace, host=system.host, port=system.port, model=card["name"], prompt=prompt, max_tokens=1)
         )
+        assert watching.stdout is not None
         while not asking.done():
-            status = await system.status()
-            head = next(worker for worker in status["workers"] if (worker["stage"] or {}).get("index") == 0)
-            seen.append((time.perf_counter() - head["silent_s"], head["stage"]["link"]["sent_bytes"]))
-            await asyncio.wait([asking], timeout=0.25)
+            at_s, received = (await watching.stdout.readline()).split()
+            seen.append((float(at_s), int(received)))
     first_s, last_s = trace.started_s + _EDGE_S, trace.arrivals[0][0] - _EDGE_S
-    inside = sorted((at_s, sent) for at_s, sent in seen if first_s <= at_s <= last_s)
-    if len(inside) < 2 or inside[-1][0] - inside[0][0] < 1.0:
-        # a fast link is done before two heartbeats are in: over the whole prompt, its start and end included
-        return len(prompt) * _TOKEN_BYTES / (trace.arrivals[0][0] - trace.started_s)
-    return (inside[-1][1] - inside[0][1]) / (inside[-1][0] - inside[0][0])
+    inside = [one for one in seen if first_s <= one[0] <= last_s]
+    if len(inside) < _LEAST_LOOKS:  # a fast link is done too soon: the whole prompt, its start and end included
+        inside = [one for one in seen if trace.started_s <= one[0] <= trace.arrivals[0][0]]
+    (from_s, had), (to_s, has) = inside[0], inside[-1]
+    return (has - had) / (to_s - from_s) * _PAYLOAD_SHARE
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
