@@ -23,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bench import bounds
 from bench.cost_curve import CostCurve
 from bench.link_grid.cells import EngineKind, Setup, link_of
 from bench.load import TokenTrace, trace_completion
@@ -34,15 +35,6 @@ _EDGE_S = 1.5
 _TCP_S = 5.0
 _LOOK_EVERY_S = 0.1
 _LEAST_LOOKS = 10
-_PAYLOAD_SHARE = 1448 / 1500
-"""Of a full packet: all but the headers of IPv4 and of TCP with time stamps."""
-_WATCH = """
-import sys, time
-while True:
-    line = next(line for line in open("/proc/net/dev") if line.strip().startswith(sys.argv[1] + ":"))
-    print(time.perf_counter(), line.split(":")[1].split()[0], flush=True)
-    time.sleep(float(sys.argv[2]))
-"""
 
 
 async def main(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -83,22 +75,23 @@ async def _prefill(system: ServingSystem) -> float:
     card = (await system.status())["card"]
     prompt = [200] * int(card["context_length"] * _PROMPT_SHARE)
     trace = TokenTrace(prompt_tokens=len(prompt), started_s=time.perf_counter())
-    watch = (sys.executable, "-I", "-S", "-c", _WATCH, system.lab.device("b", "a"), str(_LOOK_EVERY_S))
-    seen: list[tuple[float, int]] = []
-    async with asyncio.TaskGroup() as tasks, system.lab.program("b", watch) as watching:
+    seen: list[probe.Seen] = []
+    async with asyncio.TaskGroup() as tasks, probe.watched(system.lab, "a", "b", every_s=_LOOK_EVERY_S) as looks:
         asking = tasks.create_task(
             trace_completion(trace, host=system.host, port=system.port, model=card["name"], prompt=prompt, max_tokens=1)
         )
-        assert watching.stdout is not None
-        while not asking.done():
-            at_s, received = (await watching.stdout.readline()).split()
-            seen.append((float(at_s), int(received)))
+        async for look in looks:
+            seen.append(look)
+            if asking.done():
+                break
     first_s, last_s = trace.started_s + _EDGE_S, trace.arrivals[0][0] - _EDGE_S
     inside = [one for one in seen if first_s <= one[0] <= last_s]
     if len(inside) < _LEAST_LOOKS:  # a fast link is done too soon: the whole prompt, its start and end included
         inside = [one for one in seen if trace.started_s <= one[0] <= trace.arrivals[0][0]]
     (from_s, had), (to_s, has) = inside[0], inside[-1]
-    return (has - had) / (to_s - from_s) * _PAYLOAD_SHARE
+    payload_bytes_per_s = bounds.payload_bytes_per_s((has - had) * 8 / (to_s - from_s))
+    assert payload_bytes_per_s is not None, "only an unlimited link has no rate"
+    return payload_bytes_per_s
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

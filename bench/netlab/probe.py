@@ -6,7 +6,8 @@ import asyncio
 import json
 import statistics
 import sys
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ _END = Path(__file__).with_name("probe_end.py")
 _TCP_AND_IP_HEADER_BYTES = 52
 """With TCP's time stamps, which Linux sends."""
 _SPARE_S = 20.0
+Seen = tuple[float, int]
+"""When, by `time.perf_counter`, and how many bytes since the device is there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +90,20 @@ async def measure(
             None if cpu_before_s is None or cpu_after_s is None else (cpu_after_s - cpu_before_s) / lasted_s
         ),
     )
+
+
+@asynccontextmanager
+async def watched(lab: Lab, source: str, target: str, *, every_s: float) -> AsyncIterator[AsyncIterator[Seen]]:
+    """What has come through the target's device on its way to the source, headers included, as time goes by."""
+    async with _end(lab, target, "watch", lab.device(target, source), str(every_s)) as watcher:
+
+        async def seen() -> AsyncIterator[Seen]:
+            assert watcher.stdout is not None
+            while line := await watcher.stdout.readline():
+                at_s, received = line.split()
+                yield float(at_s), int(received)
+
+        yield seen()
 
 
 def _cpu_s(lab: Lab, source: str, target: str) -> float | None:

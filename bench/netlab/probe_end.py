@@ -2,8 +2,10 @@
 
     probe_end.py serve DEVICE SECONDS                   echoes datagrams; takes one bulk flow and says how it went
     probe_end.py ask ADDRESS PINGS TIMEOUT_S SECONDS    sends datagrams one by one, then a bulk flow of SECONDS
+    probe_end.py watch DEVICE EVERY_S                   says how many bytes came through, again and again, until killed
 
-Each prints ``listening`` (the server) and then one JSON object.
+The first two print ``listening`` (the server) and then one JSON object; the watcher prints a line each time, of time
+(`time.perf_counter`) and bytes.
 """
 
 from __future__ import annotations
@@ -50,6 +52,12 @@ def serve(device: str, seconds: float) -> None:
     print(json.dumps(flow), flush=True)
 
 
+def watch(device: str, every_s: float) -> None:
+    while True:
+        print(time.perf_counter(), _received_bytes(device), flush=True)
+        time.sleep(every_s)
+
+
 def _received_bytes(device: str) -> int:
     # proc(5), /proc/net/dev: the first number after the name is the bytes received
     lines = Path("/proc/net/dev").read_text().splitlines()
@@ -93,5 +101,7 @@ def _ping(address: str, pings: int, timeout_s: float) -> list[float]:
 if __name__ == "__main__":
     if sys.argv[1] == "serve":
         serve(sys.argv[2], float(sys.argv[3]))
+    elif sys.argv[1] == "watch":
+        watch(sys.argv[2], float(sys.argv[3]))
     else:
         ask(sys.argv[2], int(sys.argv[3]), float(sys.argv[4]), float(sys.argv[5]))
