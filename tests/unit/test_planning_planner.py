@@ -21,7 +21,7 @@ FLAT = StageCurve(
     per_context_token_s=0.0,
 )  # fmt: skip
 LINKS = Links(latency_s=0.06, s_per_byte=8e-8, seen_bytes=0.0, rate_bytes_per_s=12.5e6)
-MACHINE = Machine(stages=(FLAT, FLAT), prompt_shares=(0.0, 0.0), token_bytes=1000, links=LINKS, scatter=0.0)
+MACHINE = Machine(stages=(FLAT, FLAT), prompt_shares=(0.0, 0.0), riding=0.0, token_bytes=1000, links=LINKS, scatter=0.0)
 
 
 def make_planner(*, num_stages: int = 2, latency_target_s: float | None = None, **policy: object) -> Planner:

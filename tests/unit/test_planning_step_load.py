@@ -44,7 +44,10 @@ def chunk(tokens: int) -> StepLoad:
 
 
 def machine(*curves: StageCurve) -> Machine:
-    return Machine(stages=curves, prompt_shares=(0.0,) * len(curves), token_bytes=1000, links=NO_LINKS, scatter=0.1)
+    shares = (0.0,) * len(curves)
+    return Machine(
+        stages=curves, prompt_shares=shares, riding=0.0, token_bytes=1000, links=NO_LINKS, scatter=0.1
+    )
 
 
 def along(*curves: StageCurve, size: int, chunk_tokens: int = 256, tries: bool = False) -> int:
@@ -120,7 +123,6 @@ def test_never_more_than_a_chunk() -> None:
 
 def riding(
     *curves: StageCurve,
-    least: int = 8,
     chunk_tokens: int = 16,
     rate_bytes_per_s: float | None = 12.5e6,
     busy: float = 0.9,
@@ -130,7 +132,7 @@ def riding(
     )  # fmt: skip
     links = Links(latency_s=0.0, s_per_byte=None, seen_bytes=1.0, rate_bytes_per_s=rate_bytes_per_s)
     return riding_tokens(
-        replace(machine(*curves), links=links), cycle=cycle, size=16, context_tokens=60, least=least,
+        replace(machine(*curves), links=links), cycle=cycle, size=16, context_tokens=60,
         chunk_tokens=chunk_tokens, most=256,
     )  # fmt: skip
 
@@ -143,7 +145,7 @@ def test_no_step_becomes_much_longer_for_those_who_ride() -> None:
 def test_more_than_the_free_ones_ride_only_where_that_is_cheaper_than_a_step_of_their_own() -> None:
     assert riding(AFFINE, chunk_tokens=32) == 40  # 1 ms a token, 1.25 in a chunk of 32
     assert riding(AFFINE, chunk_tokens=128) == 8  # 1.06
-    assert riding(ROOFLINE, least=16, chunk_tokens=32) == 16  # 0.5 ms a token from here on, as apart
+    assert riding(ROOFLINE, chunk_tokens=32) == 16  # 0.5 ms a token from here on, as apart
 
 
 def test_nobody_rides_where_a_link_would_notice() -> None:

@@ -207,6 +207,11 @@ class Batcher:
         return self._residents.ids
 
     @property
+    def has_full_step(self) -> bool:
+        """Whether `next_step` would give a step that holds as much as the plan allows."""
+        return not self.asks and self._rebuild is None and self._choice.is_full(self.plan, self._under_way.counts)
+
+    @property
     def asks(self) -> bool:
         """Whether steps only ask if all stages of a new epoch listen."""
         return self._asks_since is not None

@@ -66,6 +66,11 @@ class HeadDesk:
         self._planned.update((plan.step, _Planned(plan=plan, at_s=now_s)) for plan in plans)
         return plans
 
+    @property
+    def has_full_step(self) -> bool:
+        """Whether the next step would hold as much as a step may."""
+        return self._batcher.has_full_step
+
     def take_failed(self) -> tuple[str, ...]:
         """Sequences given up since the last call."""
         return self._batcher.take_failed()

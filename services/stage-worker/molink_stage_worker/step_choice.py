@@ -15,6 +15,8 @@ _PART_BESIDE_NEWCOMER = 8
 their sequences would delay it by all of their computing, and a token later costs them little."""
 _RIDING_CYCLES = 2
 """Prompts that would take longer to get on with decode steps go apart."""
+_FULL = 0.75
+"""Of a micro-batch's share: micro-batches are never quite even."""
 _LEAST_REBUILDS_UNDER_WAY = 2
 """So that the stage that is rebuilt computes one step while the next one is on its way."""
 
@@ -43,6 +45,17 @@ class StepChoice:
             classes = (Traffic.BULK, Traffic.DECODE)  # once a cycle: prompts get on however busy the head is
         most = {Traffic.DECODE: plan.micro_batches, Traffic.BULK: plan.chunks_under_way}
         return tuple(traffic for traffic in classes if counts[traffic] < most[traffic])
+
+    def is_full(self, plan: BatchPlan, counts: Mapping[Traffic, int]) -> bool:
+        """Whether a decode step may go, and would have most of its share; prompts alone where nobody decodes."""
+        running = self._residents.running.values()
+        decoding = sum(one.is_decoding for one in running)
+        if decoding:
+            ready = sum(bool(one.unplanned) and self._may_decode(one) for one in running)
+            return counts[Traffic.DECODE] < plan.micro_batches and ready >= _FULL * decoding / plan.micro_batches
+        waiting = sum(one.unplanned for one in running if self._may_go_on(one, Traffic.BULK))
+        most = plan.chunks_under_way if plan.separate_prefill else plan.micro_batches
+        return sum(counts.values()) < most and waiting >= plan.chunk_tokens
 
     def _has_backlog(self, plan: BatchPlan) -> bool:
         """Whether prompts that do not ride would take longer if they only went along with decode steps."""

@@ -32,6 +32,12 @@ _RIDING_BUSY = 0.3
 """The share of its time that the busiest stage computes, from which on short prompts ride."""
 _RIDING_PRICE = 0.85
 """Of what a token costs in a step of its own: what one that rides may cost."""
+_RIDING_FREE = 0.1
+"""Of the same: what counts as nothing."""
+_RIDING_LEAST = 8
+"""Tokens: so many ride whatever they cost."""
+_RIDING_SIZES = (4, 6, 8, 10, *range(12, 64, 4))
+"""Finer than those that go along: here a knee of the curve is to be met."""
 _RIDING_SPAN = 16
 """Tokens: between closer sizes a measured curve's slope is mostly noise."""
 _RIDING_LINK_SHARE = 0.05
@@ -131,17 +137,18 @@ def riding_tokens(
     cycle: Cycle,
     size: int,
     context_tokens: int,
-    least: int,
     chunk_tokens: int,
     most: int,
 ) -> int:
     """Tokens of short prompts to put into a decode step of `size` sequences itself. 0: they go apart.
 
-    While stages are busy a step of its own costs everybody another pass, and waits behind those who decode. So the
-    `least` ride that cost next to nothing, and more where they cost clearly less than in steps of their own. (Where
-    they cost as much, those at least go into the gaps that decode leaves.) But no step shall be longer for it than by
-    three quarters or by a chunk's step of its own, nor hold the slowest link up for more than a twentieth of a cycle.
-    Where stages have time to spare, a step of its own is computed at once.
+    While stages are busy a step of its own costs everybody another pass, and waits behind those who decode. So those
+    ride that cost nothing, because a pass reads the weights anyway, and eight in any case; as many
+    as have come for each decode step, because many in one step and none in the next cost more than as many in both;
+    and more where they cost clearly less than in steps of their own. (Where they cost as much, those at least go into
+    the gaps that decode leaves.) But no step shall be longer for it than by three quarters or by a chunk's step of its
+    own, nor hold the slowest link up for more than a twentieth of a cycle. Where stages have time to spare, a step of
+    its own is computed at once.
     """
     if cycle.stage_s < _RIDING_BUSY * cycle.cycle_s:
         return 0
@@ -156,24 +163,30 @@ def riding_tokens(
         chunk = StepLoad(tokens=count, prompt_tokens=count, sequences=1, context_tokens=context_tokens)
         return [_time_s(curve, decode + chunk) - _time_s(curve, decode) for curve in machine.stages]
 
-    free = riding = least if least <= most else 0
-    free_s = delays_s(free) if free else [0.0] * len(machine.stages)
-    limits_s = [
-        max(_RIDING_DELAY * _time_s(curve, decode), chunk_s)
-        for curve, chunk_s in zip(machine.stages, chunks_s, strict=True)
-    ]
+    def cost(count: int, beyond: int = 0) -> float:
+        """Of each token more than `beyond`, next to what it costs in a step of its own: at the dearest stage."""
+        nothing_s = delays_s(beyond) if beyond else [0.0] * len(machine.stages)
+        return max(
+            (delay_s - before_s) / (count - beyond) * chunk_tokens / chunk_s
+            for delay_s, before_s, chunk_s in zip(delays_s(count), nothing_s, chunks_s, strict=True)
+        )
+
+    def fits(count: int) -> bool:
+        return count <= most and all(
+            delay_s <= max(_RIDING_DELAY * _time_s(curve, decode), chunk_s)
+            for curve, delay_s, chunk_s in zip(machine.stages, delays_s(count), chunks_s, strict=True)
+        )
+
+    free = max((count for count in _RIDING_SIZES if count <= most and cost(count) <= _RIDING_FREE), default=0)
+    riding = max(free, _RIDING_LEAST if most >= _RIDING_LEAST else 0)
+    coming = ceil(machine.riding * size)
+    if coming > riding and fits(coming):
+        riding = coming
+    base = riding
     for count in _ALONG_SIZES:
         if count <= riding:
             continue
-        counts_s = delays_s(count)
-        if count > most or any(delay_s > limit_s for delay_s, limit_s in zip(counts_s, limits_s, strict=True)):
-            break
-        far = max(count, free + _RIDING_SPAN)
-        is_cheap = all(
-            (far_s - nothing_s) / (far - free) <= _RIDING_PRICE * chunk_s / chunk_tokens
-            for far_s, nothing_s, chunk_s in zip(delays_s(far), free_s, chunks_s, strict=True)
-        )
-        if not is_cheap:
+        if not fits(count) or cost(max(count, base + _RIDING_SPAN), base) > _RIDING_PRICE:
             break
         riding = count
     return riding

@@ -42,6 +42,8 @@ class Machine:
     stages: tuple[StageCurve, ...]
     prompt_shares: tuple[float, ...]
     """By stage: the share of its time that prompt chunks take."""
+    riding: float
+    """Tokens of short prompts that go in decode steps themselves, for each token decoded there."""
     token_bytes: int
     links: Links
     scatter: float
@@ -93,9 +95,10 @@ def predict(
     full, rest = divmod(decoding, size)
     stages_s = []
     stage_s = ring_s = 0.0
+    width = window + machine.riding
     for curve, share in zip(machine.stages, machine.prompt_shares, strict=True):
-        step_s = curve.compute_s(size * window, size, size * context_tokens)
-        work_s = full * step_s + (curve.compute_s(rest * window, rest, rest * context_tokens) if rest else 0.0)
+        step_s = curve.compute_s(size * width, size, size * context_tokens)
+        work_s = full * step_s + (curve.compute_s(rest * width, rest, rest * context_tokens) if rest else 0.0)
         stages_s.append(work_s)
         stage_s = max(stage_s, work_s / (1.0 - share))
         ring_s += step_s

@@ -57,7 +57,9 @@ class Planner:
         self._stages = [StageEstimator() for _ in range(num_stages)]
         self._ring = RingEstimator(links=max(num_stages - 1, 1))
         self._prompt_s = [0.0] * num_stages
-        """By stage: seconds of computing for prompts, fading over `_PROMPT_SHARE_OVER_S`."""
+        """By stage: seconds of computing for prompts, fading over `_PROMPT_SHARE_OVER_S`; without those that ride."""
+        self._riding_tokens = self._decode_tokens = 0.0
+        """In decode steps: tokens of prompts, and of those who decode; fading alike."""
         self._prompts_at_s: float | None = None
         self._cycle: Cycle | None = None
         self._plan = self._default_plan()
@@ -75,6 +77,9 @@ class Planner:
         self._fade_prompts(now_s)
         self._meter.on_tokens(step.decode_tokens - step.guesses)
         prompt_tokens = step.tokens - step.decode_tokens
+        riding_tokens = prompt_tokens if step.traffic is Traffic.DECODE else 0
+        self._riding_tokens += riding_tokens
+        self._decode_tokens += step.decode_tokens
         alone = StepLoad(
             tokens=step.tokens,
             prompt_tokens=prompt_tokens,
@@ -85,8 +90,8 @@ class Planner:
         for index, (stage, load, compute_s) in enumerate(zip(self._stages, passes, step.compute_s, strict=True)):
             if load is None or load.tokens < 1:
                 continue
-            if load.prompt_tokens > 0:
-                self._prompt_s[index] += self._prompt_part_s(stage, load, compute_s)
+            if load.prompt_tokens > riding_tokens:
+                self._prompt_s[index] += self._prompt_part_s(stage, load, riding_tokens, compute_s)
             stage.on_step(
                 tokens=load.tokens,
                 sequences=load.sequences,
@@ -161,7 +166,7 @@ class Planner:
         micro_batches = self._choose_micro_batches(machine, demand, now_s)
         decode_only_s: float | None = None
         if demand.decoding:
-            alone = replace(machine, prompt_shares=(0.0,) * self._num_stages)
+            alone = self._without_prompts(machine)
             decode_only_s = self._cycle_of(alone, demand, micro_batches).cycle_s
         separate = self._plan.separate_prefill
         if separate:
@@ -198,7 +203,6 @@ class Planner:
                     cycle=self._cycle,
                     size=_tokens_of(demand, micro_batches),
                     context_tokens=demand.context_tokens,
-                    least=along_tokens,
                     chunk_tokens=chunk_tokens,
                     most=self._step_tokens // 2,
                 )
@@ -266,9 +270,8 @@ class Planner:
         self._cycle = None if machine is None or not demand.decoding else self._cycle_of(machine, demand, micro_batches)
 
     def _cycle_of(self, machine: Machine, demand: Demand, micro_batches: int) -> Cycle:
-        alone = replace(machine, prompt_shares=(0.0,) * self._num_stages)
         cycle = predict(
-            machine if self._plan.separate_prefill else alone,
+            machine if self._plan.separate_prefill else replace(machine, prompt_shares=(0.0,) * self._num_stages),
             decoding=demand.decoding,
             window=demand.window,
             context_tokens=demand.context_tokens,
@@ -317,6 +320,7 @@ class Planner:
         return Machine(
             stages=tuple(curves),
             prompt_shares=tuple(share if share >= _LEAST_PROMPT_SHARE else 0.0 for share in shares),
+            riding=self._riding_tokens / max(self._decode_tokens, 1.0),
             token_bytes=self._token_bytes,
             links=links,
             scatter=max(stage.scatter for stage in self._stages),
@@ -325,16 +329,19 @@ class Planner:
     def _links(self) -> Links | None:
         return NO_LINKS if self._num_stages == 1 else self._ring.links()
 
-    def _prompt_part_s(self, stage: StageEstimator, load: StepLoad, compute_s: float) -> float:
-        """What the prompt tokens of a pass cost: all, or what decode alone would not have."""
-        decode_tokens = load.tokens - load.prompt_tokens
-        if decode_tokens <= 0:
+    def _prompt_part_s(self, stage: StageEstimator, load: StepLoad, riding_tokens: int, compute_s: float) -> float:
+        """What the chunks in a pass cost: all, or what decode steps with those that ride in them would not have."""
+        others = load.tokens - load.prompt_tokens + riding_tokens
+        if others <= 0:
             return compute_s
         curve = stage.curve()
         if curve is None:
-            return compute_s * load.prompt_tokens / load.tokens
-        context_tokens = load.context_tokens * decode_tokens // max(load.sequences, 1)
-        return max(compute_s - curve.compute_s(decode_tokens, decode_tokens, context_tokens), 0.0)
+            return compute_s * (load.tokens - others) / load.tokens
+        context_tokens = load.context_tokens * others // max(load.sequences, 1)
+        return max(compute_s - curve.compute_s(others, others, context_tokens), 0.0)
+
+    def _without_prompts(self, machine: Machine) -> Machine:
+        return replace(machine, prompt_shares=(0.0,) * self._num_stages, riding=0.0)
 
     def _fade_prompts(self, now_s: float) -> None:
         before_s = self._prompts_at_s
@@ -342,6 +349,8 @@ class Planner:
         if before_s is not None and now_s > before_s:
             fade = exp((before_s - now_s) / _PROMPT_SHARE_OVER_S)
             self._prompt_s = [prompt_s * fade for prompt_s in self._prompt_s]
+            self._riding_tokens *= fade
+            self._decode_tokens *= fade
 
     def _bottleneck(self) -> str:
         cycle = self._cycle
