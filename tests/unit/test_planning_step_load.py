@@ -45,9 +45,7 @@ def chunk(tokens: int) -> StepLoad:
 
 def machine(*curves: StageCurve) -> Machine:
     shares = (0.0,) * len(curves)
-    return Machine(
-        stages=curves, prompt_shares=shares, riding=0.0, token_bytes=1000, links=NO_LINKS, scatter=0.1
-    )
+    return Machine(stages=curves, prompt_shares=shares, riding=0.0, token_bytes=1000, links=NO_LINKS, scatter=0.1)
 
 
 def along(*curves: StageCurve, size: int, chunk_tokens: int = 256, tries: bool = False) -> int:

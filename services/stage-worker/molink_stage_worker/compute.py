@@ -55,6 +55,7 @@ class StageCompute:
         self.longest_pass_s = 0.0
         """Of the passes that ended."""
         self._pass_began_s: float | None = None
+        self._pass_takes_s: float | None = None
 
     def take_place(self, index: int, journal: Journal | None) -> None:
         """Which stage this is, and where what it sends is kept. To be called before any step of an epoch."""
@@ -65,6 +66,11 @@ class StageCompute:
         """How long the present pass has been computing, by `time.monotonic`; 0 between passes. From any thread."""
         began_s = self._pass_began_s
         return 0.0 if began_s is None else max(now_s - began_s, 0.0)
+
+    def pass_left_s(self, now_s: float) -> float | None:
+        """How long the present pass will go on, by what passes like it took. None: not known. From any thread."""
+        began_s, takes_s = self._pass_began_s, self._pass_takes_s
+        return None if began_s is None or takes_s is None else began_s + takes_s - now_s
 
     def pays_together(self, steps: Sequence[StageStep], other: StageStep) -> bool:
         """Whether `other` should be computed in one pass with `steps`, by what passes have cost here so far.
@@ -83,8 +89,7 @@ class StageCompute:
             return False
         if other.rides_along or other.load.tokens <= _ALWAYS_TOKENS:
             return True
-        load = sum((step.load for step in steps[1:]), start=steps[0].load)
-        if pays_together(self._curve, load, other.load):
+        if pays_together(self._curve, _together(steps), other.load):
             return True
         # what is never run stays misjudged: now and then it is
         self._refusals += 1
@@ -92,12 +97,19 @@ class StageCompute:
 
     def run(self, steps: Sequence[StageStep]) -> list[StageResult]:
         """Compute steps in one pass. What a peer got wrong empties its step; other errors are for the caller."""
+        self._pass_takes_s = self._expected_s(steps)
         began_s = self._pass_began_s = time.monotonic()
         try:
             return self._run(steps)
         finally:
             self._pass_began_s = None
             self.longest_pass_s = max(self.longest_pass_s, time.monotonic() - began_s)
+
+    def _expected_s(self, steps: Sequence[StageStep]) -> float | None:
+        if self._curve is None:
+            return None
+        load = _together(steps)
+        return self._curve.compute_s(load.tokens, load.sequences, load.context_tokens)
 
     def _run(self, steps: Sequence[StageStep]) -> list[StageResult]:
         closed = [self._lives.close(step.extra.closes) for step in steps]
@@ -250,6 +262,10 @@ class StageCompute:
         self._passes += 1
         if self._passes % _PASSES_A_CURVE == 0:
             self._curve = self._cost.curve()
+
+
+def _together(steps: Sequence[StageStep]) -> StepLoad:
+    return sum((step.load for step in steps[1:]), start=steps[0].load)
 
 
 def _prepare(sampler: Sampler, steps: Sequence[StageStep], closed: Sequence[tuple[str, ...]]) -> None:

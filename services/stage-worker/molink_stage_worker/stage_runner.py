@@ -12,9 +12,7 @@ in; or, if it would be a full one anyway, just before: the thread would else wai
 from __future__ import annotations
 
 import asyncio
-import math
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -44,8 +42,7 @@ _STEPS_WAITING = 1024
 _STEPS_UNLEARNT = 4
 _TOO_EARLY_S = 0.002
 _AHEAD_S = 0.003
-"""So long before a pass ends the next one may be planned: about what it takes with many sequences."""
-_PASSES_REMEMBERED = 4
+"""So long before a pass ends the next one may be planned: what that takes with many sequences, and then some."""
 _ALL_BACK_S = 0.5
 """After an outage of the broker, clients connect again within about a tenth of a second of each other."""
 _SURELY_BACK_S = 3.0
@@ -107,7 +104,6 @@ class StageRunner:
         self._outbox = TokenOutbox(bus, assignment)
         self._broken: asyncio.Future[None] = self._loop.create_future()
         self._computing = 0
-        self._passes_s: deque[float] = deque(maxlen=_PASSES_REMEMBERED)
         self._look_ahead: asyncio.TimerHandle | None = None
         self._unlearnt: list[tuple[StepObservation, float]] = []
         self._is_serving = False
@@ -278,27 +274,22 @@ class StageRunner:
         for _ in plans:
             self._start_computing()
         if plans:
-            self._look_ahead_in(self._shortest_pass_s - _AHEAD_S)
-
-    @property
-    def _shortest_pass_s(self) -> float:
-        """Of the last ones. Infinite where there was none."""
-        return min(self._passes_s, default=math.inf)
+            self._look_ahead_in(_AHEAD_S)
 
     def _may_plan_ahead(self, desk: HeadDesk) -> bool:
-        """Whether the present pass is about to end, and nobody who arrives till then would get into the next step."""
-        if len(self._ready):
-            return False  # it is planned
-        left_s = self._shortest_pass_s - _AHEAD_S - self._compute.pass_age_s(time.monotonic())
-        if left_s > 0:
-            self._look_ahead_in(left_s)
+        """Whether the present pass is about to end, and hardly anybody more would get into the next step then."""
+        left_s = self._compute.pass_left_s(time.monotonic())
+        if left_s is None or len(self._ready):
+            return False  # it has not begun, or the next one is planned already
+        if left_s > _AHEAD_S:
+            self._look_ahead_in(left_s - _AHEAD_S)
             return False
         return desk.has_full_step
 
     def _look_ahead_in(self, pause_s: float) -> None:
         if self._look_ahead is not None:
             self._look_ahead.cancel()
-        self._look_ahead = None if pause_s == math.inf else self._loop.call_later(max(pause_s, 0.0), self.pump)
+        self._look_ahead = self._loop.call_later(pause_s, self.pump)
 
     def _take_tokens(self, tokens: StepTokens) -> None:
         if self._desk is not None and self._is_serving:
@@ -372,9 +363,7 @@ class StageRunner:
             # a loop's clock is coarse: this was a moment before the step that waits may go alone
             self._loop.call_later(_TOO_EARLY_S, self._start_computing)
         if results:
-            pass_s = (results[0].ended_ns - results[0].started_ns) / 1e9
-            self.compute_s += pass_s
-            self._passes_s.append(pass_s)
+            self.compute_s += (results[0].ended_ns - results[0].started_ns) / 1e9
         for result in results:
             if result.tokens is None:
                 assert self._link is not None, "a stage that is not the tail has a link"
