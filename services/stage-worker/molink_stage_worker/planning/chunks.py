@@ -143,12 +143,12 @@ def riding_tokens(
     """Tokens of short prompts to put into a decode step of `size` sequences itself. 0: they go apart.
 
     While stages are busy a step of its own costs everybody another pass, and waits behind those who decode. So those
-    ride that cost nothing, because a pass reads the weights anyway, and eight in any case; as many
-    as have come for each decode step, because many in one step and none in the next cost more than as many in both;
-    and more where they cost clearly less than in steps of their own. (Where they cost as much, those at least go into
-    the gaps that decode leaves.) But no step shall be longer for it than by three quarters or by a chunk's step of its
-    own, nor hold the slowest link up for more than a twentieth of a cycle. Where stages have time to spare, a step of
-    its own is computed at once.
+    ride that cost nothing, because a pass reads the weights anyway; and as many as have come for each decode step,
+    because many in one step and none in the next cost more than as many in both. Where none is free, eight ride in any
+    case, and more if they cost clearly less than in steps of their own. (Where they cost as much, those at least go
+    into the gaps that decode leaves.) But no step shall be longer for it than by three quarters or by a chunk's step
+    of its own, nor hold the slowest link up for more than a twentieth of a cycle. Where stages have time to spare, a
+    step of its own is computed at once.
     """
     if cycle.stage_s < _RIDING_BUSY * cycle.cycle_s:
         return 0
@@ -179,11 +179,13 @@ def riding_tokens(
             for curve, delay_s, chunk_s in zip(machine.stages, delays_s(count), chunks_s, strict=True)
         )
 
-    free = (count for count in _RIDING_SIZES if count <= most and cost(count) <= _RIDING_FREE)
-    riding = max(free, default=_RIDING_LEAST)
+    free = max((count for count in _RIDING_SIZES if count <= most and cost(count) <= _RIDING_FREE), default=0)
+    riding = max(free, _RIDING_LEAST)
     coming = ceil(machine.riding * size)
     if coming > riding and fits(coming):
         riding = coming
+    if free:
+        return riding
     base = riding
     for count in _ALONG_SIZES:
         if count <= riding:
