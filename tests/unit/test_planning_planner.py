@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -40,12 +41,12 @@ def make_demand(decoding: int) -> Demand:
 
 def feed(
     planner: Planner, *, steps: int, since_s: float, tokens: int = 8, links_s: float = 0.04, stages: int = 2,
-    prompt_tokens: int = 0,
+    prompt_tokens: int = 0, cost: Callable[[int], float] = lambda tokens: 0.008 + 0.0016 * tokens,
 ) -> float:  # fmt: skip
-    """Steps of an affine machine; the time after them."""
+    """Steps of an affine machine, or another one; the time after them."""
     now_s = since_s
     for _ in range(steps):
-        compute_s = 0.008 + 0.0016 * tokens
+        compute_s = cost(tokens)
         now_s += 0.05
         planner.on_step(
             StepObservation(
@@ -180,6 +181,38 @@ def test_prompts_take_their_share_of_a_stage() -> None:
     busy = replace(MACHINE, prompt_shares=(0.5, 0.0))
     cycle = predict(busy, decoding=32, context_tokens=60, micro_batches=16, chunk_tokens=64)
     assert cycle.stage_s == pytest.approx(0.32)
+
+
+def test_prompts_that_ride_make_steps_larger() -> None:
+    knee = StageCurve(
+        tokens=(1.0, 24.0, 48.0), times_s=(0.018, 0.018, 0.036), fixed_s=0.018, per_token_s=0.00075,
+        per_sequence_s=0.0, per_context_token_s=0.0,
+    )  # fmt: skip
+    machine = replace(MACHINE, stages=(knee, knee), riding=0.5)
+    two, one = (
+        predict(machine, decoding=32, context_tokens=60, micro_batches=count, chunk_tokens=64) for count in (2, 1)
+    )
+    assert two.stages_s == (pytest.approx(0.036),) * 2
+    assert one.stages_s == (pytest.approx(0.036),) * 2  # 48 tokens in one pass
+
+
+def riding_tokens_after(prompts_a_token: int) -> int:
+    """On a machine with a knee at 24 tokens, 16 of which decode in each step."""
+    planner = make_planner(micro_batches=2)
+    planner.on_link(1.25e9, 0.001)
+    now_s = 0.0
+    for tokens in (8, 16, 24, 32, 48) * 12:
+        now_s = feed(
+            planner, steps=1, since_s=now_s, tokens=tokens, links_s=0.001,
+            prompt_tokens=tokens * prompts_a_token // (1 + prompts_a_token),
+            cost=lambda tokens: max(0.018, 0.00075 * tokens),
+        )  # fmt: skip
+    return planner.plan(make_demand(32), now_s).riding_tokens
+
+
+def test_those_who_ride_are_counted() -> None:
+    assert 8 <= riding_tokens_after(0) <= 10
+    assert riding_tokens_after(1) == 16
 
 
 def test_counts_that_make_no_difference_are_left_out() -> None:

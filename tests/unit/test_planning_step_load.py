@@ -124,13 +124,14 @@ def riding(
     chunk_tokens: int = 16,
     rate_bytes_per_s: float | None = 12.5e6,
     busy: float = 0.9,
+    comes: float = 0.0,
 ) -> int:
     cycle = Cycle(
         micro_batches=2, size=16, stages_s=(0.1 * busy,), stage_s=0.1 * busy, link_s=0.0, ring_s=0.1, cycle_s=0.1
     )  # fmt: skip
     links = Links(latency_s=0.0, s_per_byte=None, seen_bytes=1.0, rate_bytes_per_s=rate_bytes_per_s)
     return riding_tokens(
-        replace(machine(*curves), links=links), cycle=cycle, size=16, context_tokens=60,
+        replace(machine(*curves), links=links, riding=comes), cycle=cycle, size=16, context_tokens=60,
         chunk_tokens=chunk_tokens, most=256,
     )  # fmt: skip
 
@@ -144,6 +145,14 @@ def test_more_than_the_free_ones_ride_only_where_that_is_cheaper_than_a_step_of_
     assert riding(AFFINE, chunk_tokens=32) == 40  # 1 ms a token, 1.25 in a chunk of 32
     assert riding(AFFINE, chunk_tokens=128) == 8  # 1.06
     assert riding(ROOFLINE, chunk_tokens=32) == 16  # 0.5 ms a token from here on, as apart
+    assert riding(ROOFLINE, chunk_tokens=16) == 16  # 1 ms apart; but in two steps 16 each ride for nothing
+
+
+def test_as_many_ride_as_come() -> None:
+    assert riding(ROOFLINE, comes=0.5) == 16
+    assert riding(ROOFLINE, comes=1.5) == 24  # 4 ms in every step, not 8 in half of them
+    assert riding(ROOFLINE, comes=10.0) == 16  # no step may be so much longer
+    assert riding(AFFINE, chunk_tokens=128, comes=1.25) == 20
 
 
 def test_nobody_rides_where_a_link_would_notice() -> None:
