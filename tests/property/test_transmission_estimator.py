@@ -117,3 +117,23 @@ def test_what_a_thin_stream_used_does_not_replace_what_the_link_was_seen_to_carr
     deliver(estimator, rate=1e6, way_s=0.015, seconds=2, from_s=60, has_more=False)
     assert estimator.is_app_limited, "half a minute later it may be another link"
     assert estimator.rate_bytes_per_s == pytest.approx(1e6, rel=0.05)
+
+
+def test_a_sender_paced_by_a_wrong_rate_finds_out() -> None:
+    estimator = LinkEstimator()
+    deliver(estimator, rate=0.35e6, way_s=0.05, seconds=3)
+    assert estimator.rate_bytes_per_s == pytest.approx(0.35e6, rel=0.1)
+    # the link is faster now, but bulk goes on as if it were not: 4 KiB each 12 ms, in between decode frames of 22 KB
+    sends = sorted(
+        [(5.0 + 0.012 * piece, 4096, True) for piece in range(250)]
+        + [(5.001 + 0.028 * frame, 22_000, False) for frame in range(107)]
+    )
+    for sent_s, size_bytes, has_more in sends:
+        arrives_s = sent_s + 0.05 + size_bytes / 12e6
+        estimator.on_delivery(
+            size_bytes=size_bytes, sent_s=sent_s, received_us=int(arrives_s * 1e6), now_s=arrives_s + 0.05,
+            has_more=has_more,
+        )  # fmt: skip
+    assert not estimator.is_app_limited
+    assert estimator.rate_bytes_per_s is not None
+    assert estimator.rate_bytes_per_s > 3e6

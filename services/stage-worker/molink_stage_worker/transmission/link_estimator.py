@@ -13,6 +13,10 @@ A receiver that is slow to look at what has come (a busy machine) makes frames f
 busy, and a thin stream then passes for all that the link carries. So what was measured while the sender had more to
 send goes before the rest; and where there is only the rest, frames that come through quickly prove it wrong: the link
 carries at least a frame's bytes in that time.
+
+A sender that is paced by a rate sends no faster, and may measure nothing but that rate again, however wrong it is: the
+way is then taken for shorter, by what large frames are thought to take, and small pieces for late. What cannot be
+explained so is a large frame that takes no longer than the quickest of the small ones: it shows what the link carries.
 """
 
 from __future__ import annotations
@@ -38,10 +42,15 @@ _SHORT_SPAN_BYTES = 32768
 _UNKNOWN_RATE_SLACK_S = 0.001
 _MOST_SLACK_S = 0.005
 _PROOF_WINDOW_S = 10.0
+_DISPROOF_WINDOW_S = 1.0
+"""A link may have become slower since."""
 _NOISE_SHARE = 1 / 8
 """Of the way: the quickest frame may have been so much slower than others for no reason."""
 _LEAST_PROOF = 2.0
 """Times the measured rate: a frame that waited for a little while where a larger one did not seems to prove less."""
+_LEAST_DISPROOF = 4.0
+"""The same where the sender had more to send: small pieces may all have waited in the queue that bulk keeps."""
+_SMALL_BYTES = 8192
 _LEAST_PROOF_S = 0.004
 """Shorter times are within what a loop's clock and its turns blur."""
 
@@ -128,14 +137,20 @@ class LinkEstimator:
         self._thin_bytes = 0
         self._faster_rate: float | None = None
         self._proofs = _TwoLargest(_PROOF_WINDOW_S)
+        self._small_round_trips = WindowedMinimum(_ROUND_TRIP_WINDOW_S)
+        self._disproofs = _TwoLargest(_DISPROOF_WINDOW_S)
 
     @property
     def rate_bytes_per_s(self) -> float | None:
         """What the link carries when it is never idle, or what single frames lately prove it to carry."""
-        proven = self._proofs.second  # one alone may be a wrong time
-        if self._rate is None or not self.is_app_limited or proven < _LEAST_PROOF * self._rate:
-            return self._rate
-        return proven
+        if self._rate is None:
+            return None
+        # the second: one alone may be a wrong time
+        if self.is_app_limited:
+            proven, least = self._proofs.second, _LEAST_PROOF
+        else:
+            proven, least = self._disproofs.second, _LEAST_DISPROOF
+        return proven if proven >= least * self._rate else self._rate
 
     @property
     def is_rate_certain(self) -> bool:
@@ -209,6 +224,11 @@ class LinkEstimator:
         more_bytes = max(size_bytes - base.size_bytes, 0)
         longer_s = max(round_trip_s - base.seconds * (1 - _NOISE_SHARE), _LEAST_PROOF_S)
         self._proofs.add(max(size_bytes / max(round_trip_s, _LEAST_PROOF_S), more_bytes / longer_s), now_s)
+        if size_bytes < _SMALL_BYTES:
+            self._small_round_trips.add(round_trip_s, size_bytes, self._rate, now_s)
+        elif (small := self._small_round_trips.least) is not None:
+            longer_s = max(round_trip_s - small.seconds, _LEAST_PROOF_S)
+            self._disproofs.add((size_bytes - small.size_bytes) / longer_s, now_s)
 
     def forget_clock(self) -> None:
         """The receiver may be another one from here on: its clock cannot be compared with what came before."""
