@@ -1,4 +1,4 @@
-"""What the best simple rules give where nothing takes time but computing, bytes and distance. Pure, with a virtual clock.
+"""What simple rules give where nothing takes time but computing, bytes and distance. Pure, with a virtual clock.
 
     python -m bench.ideal_ring                          synthetic 70B, two stages: LAN, and 100 Mbit/s and 30 ms
     python -m bench.ideal_ring --stages 3 --handovers-ms 0,2,3.5
@@ -8,7 +8,7 @@ needs a machine, whose processes, sockets and neighbours take their time. This s
 loops (prompts of 32 tokens, answers of 64, the next prompt at once) go round a ring of stages by two fixed rules, how
 many decode steps are under way at most and how many tokens of prompts go with each; the best pair counts.
 
-    head ─▶ link: decode first, chunks of prompts in pieces behind it ─▶ stage: chunks wait for a decode step ─▶ … ─▶ head
+    head ─▶ link: decode first, chunks of prompts behind it ─▶ stage: chunks wait for a decode step ─▶ … ─▶ head
 
 A *handover* is what one hop costs besides: from a pass that ends to the next stage's pass, or from the tail's pass to
 the head's next plan. At 0 only the rules keep it from the bound; at what a system's hops really cost, it says what
