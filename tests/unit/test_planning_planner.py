@@ -158,10 +158,12 @@ def test_short_prompts_ride_where_no_link_notices() -> None:
     now_s = 0.0
     for tokens in (16, 32, 64) * 20:
         now_s = feed(planner, steps=1, since_s=now_s, tokens=tokens, links_s=0.001, prompt_tokens=tokens // 2)
-    plan = planner.plan(make_demand(64), now_s)
+    assert planner.plan(make_demand(64), now_s).riding_tokens == 8, "nobody knows what 32 + 8 would cost"
+    now_s = feed(planner, steps=3, since_s=now_s, tokens=40, links_s=0.001, prompt_tokens=20)
+    plan = planner.plan(make_demand(64), now_s + 1.0)
     assert plan.along_tokens < plan.riding_tokens <= 64
     planner.on_link(1.25e6, 0.001)
-    assert planner.plan(make_demand(64), now_s + 1.0).riding_tokens == 0
+    assert planner.plan(make_demand(64), now_s + 2.0).riding_tokens == 0
 
 
 def test_each_bound_of_a_cycle() -> None:

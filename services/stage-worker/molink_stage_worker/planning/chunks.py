@@ -34,7 +34,7 @@ _RIDING_PRICE = 0.85
 """Of what a token costs in a step of its own: what one that rides may cost."""
 _RIDING_FREE = 0.1
 """Of the same: what counts as nothing."""
-_RIDING_LEAST = 8
+RIDING_LEAST = 8
 """Tokens: so many ride whatever they cost, unless the link would notice. A prompt in smaller parts takes too long."""
 _RIDING_SIZES = (8, 10, *range(12, 64, 4))
 """Finer than those that go along: here a knee of the curve is to be met."""
@@ -156,7 +156,7 @@ def riding_tokens(
     link_s = max(_RIDING_LINK_SHARE * cycle.cycle_s, _RIDING_LEAST_LINK_S)
     most_bytes = _RIDING_UNKNOWN_BYTES if rate is None else rate * link_s
     most = min(most, int(most_bytes / machine.token_bytes))
-    if most < _RIDING_LEAST:
+    if most < RIDING_LEAST:
         return 0
     decode = StepLoad(tokens=size, prompt_tokens=0, sequences=size, context_tokens=size * context_tokens)
     chunks_s = [curve.compute_s(chunk_tokens, 1, context_tokens) for curve in machine.stages]
@@ -180,7 +180,7 @@ def riding_tokens(
         )
 
     free = max((count for count in _RIDING_SIZES if count <= most and cost(count) <= _RIDING_FREE), default=0)
-    riding = max(free, _RIDING_LEAST)
+    riding = max(free, RIDING_LEAST)
     coming = ceil(machine.riding * size)
     if coming > riding and fits(coming):
         riding = coming

@@ -206,6 +206,9 @@ class Planner:
                     chunk_tokens=chunk_tokens,
                     most=self._step_tokens // 2,
                 )
+                few = chunks.RIDING_LEAST
+                if riding_tokens > few and not self._knows(_tokens_of(demand, micro_batches) + few):
+                    riding_tokens = few  # lest many ride for ever, because nobody saw what few would cost
         return BatchPlan(
             micro_batches=micro_batches,
             chunk_tokens=chunk_tokens,
@@ -260,7 +263,7 @@ class Planner:
             decoding=demand.decoding,
             now_s=now_s,
             predict=corrected,
-            knows=lambda size: all(stage.knows(round(size * demand.window)) for stage in self._stages),
+            knows=lambda size: self._knows(round(size * demand.window)),
         )
         plain_s = self._cycle_of(machine, demand, self._cycle.micro_batches).cycle_s
         self._meter.on_plan(self._cycle.micro_batches, plain_s, demand.decoding, now_s)
@@ -325,6 +328,10 @@ class Planner:
             links=links,
             scatter=max(stage.scatter for stage in self._stages),
         )
+
+    def _knows(self, tokens: int) -> bool:
+        """Whether every stage has computed steps of about so many tokens."""
+        return all(stage.knows(tokens) for stage in self._stages)
 
     def _links(self) -> Links | None:
         return NO_LINKS if self._num_stages == 1 else self._ring.links()
