@@ -153,7 +153,7 @@ def test_a_latency_target_bounds_a_shared_chunk() -> None:
 
 
 def test_short_prompts_ride_where_no_link_notices() -> None:
-    planner = make_planner()
+    planner = make_planner(micro_batches=2)
     planner.on_link(1.25e9, 0.001)
     now_s = 0.0
     for tokens in (16, 32, 64) * 20:

@@ -95,3 +95,16 @@ def test_sizes_that_are_not_run_keep_their_costs() -> None:
     learn(estimator, affine(), [16], rounds=4000)
     for tokens in (4, 64):
         assert cost_s(estimator, tokens) == pytest.approx(affine()(tokens), rel=0.1)
+
+
+def test_the_first_quick_step_of_a_new_size_is_believed() -> None:
+    estimator = StageEstimator()
+    for _ in range(5):
+        estimator.on_step(tokens=1, sequences=1, context_tokens=40, compute_s=0.0186)
+    before = estimator.curve()
+    estimator.on_step(tokens=16, sequences=1, context_tokens=16, compute_s=0.0186)
+    after = estimator.curve()
+    assert before is not None
+    assert after is not None
+    assert before.compute_s(16, 1, 16) > 0.1, "half of a step of one token is believed to grow with the tokens"
+    assert after.compute_s(16, 1, 16) == pytest.approx(0.0186, rel=0.05)

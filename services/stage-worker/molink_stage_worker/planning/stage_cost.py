@@ -201,11 +201,12 @@ class StageEstimator:
         surprise = log(measured_s / (self._speed * expected_s))
         age = anchor.count / (anchor.count + _OLD_ANCHOR)
         clip = max(_CLIP_SCATTERS * self._scatter, (1.0 - age) * _YOUNG_CLIP)
-        surprise = min(max(surprise, -clip), clip)
+        # what stands for a size that was never run is drawn from far away: a step that was quicker is right
+        surprise = min(surprise if anchor.count == 0 else max(surprise, -clip), clip)
         clipped_s = expected_s * exp(surprise)
         self._fit(clipped_s, tokens, sequences, context_tokens)
         anchor.count += 1
-        gain = max(1.0 / (anchor.count + 1), _ANCHOR_GAIN)
+        gain = max(1.0 / anchor.count, _ANCHOR_GAIN)
         anchor.time_s = max(anchor.time_s + gain * (clipped_s - anchor.time_s), _LEAST_S)
         anchor.tokens += gain * (tokens - anchor.tokens)
         anchor.sequences += gain * (sequences - anchor.sequences)
