@@ -17,12 +17,11 @@ import json
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
-from functools import partial
 from typing import Any
 
 from bench import bounds
-from bench.bare_ring_end import ANSWER_TOKENS, PROMPT_TOKENS
 from bench.cost_curve import CostCurve
+from bench.link_grid.bounding import closed_loop, link_bound
 from bench.link_grid.cells import EngineKind, link_of
 from bench.netlab.lab import Lab, open_lab
 from bench.netlab.registry import LabError
@@ -84,26 +83,14 @@ async def _line(process: asyncio.subprocess.Process, more_s: float = 0.0) -> byt
 
 def _bound(link: str, streams: int) -> float:
     """Of the timed stages, as `bench.links` has it."""
-    spec = link_of(link)
-    cost = partial(_timed_s, CostCurve())
-    rate = None if spec is None else bounds.payload_bytes_per_s(spec.rate_bit_per_s, spec.mtu_bytes)
-    one_way_s = 0.0 if spec is None else spec.round_trip_s / 2
+    way = link_bound(link)
     pipeline = bounds.PipelineBound(
-        stages=(cost, cost),
-        links=(bounds.LinkBound(rate_bytes_per_s=rate, one_way_s=one_way_s),),
-        return_s=one_way_s,
+        stages=(CostCurve().stage(NUM_LAYERS // 2),) * 2,
+        links=(way,),
+        return_s=way.one_way_s,
         bytes_a_token=HIDDEN_SIZE * 2,
     )
-    load = bounds.Load(
-        sequences=streams,
-        context_tokens=PROMPT_TOKENS + ANSWER_TOKENS / 2,
-        prompt_share=(PROMPT_TOKENS - 1) / ANSWER_TOKENS,
-    )
-    return bounds.best(pipeline, load).tokens_per_s
-
-
-def _timed_s(curve: CostCurve, tokens: float, _sequences: float, context_tokens: float) -> float:
-    return curve.step_s(layers=NUM_LAYERS // 2, tokens=tokens, context_tokens=context_tokens)
+    return bounds.best(pipeline, closed_loop(streams)).tokens_per_s
 
 
 def _numbers(text: str) -> list[int]:

@@ -26,6 +26,7 @@ import torch
 
 from bench.cost_curve import CostCurve
 from bench.link_grid.cells import EngineKind
+from bench.link_grid.steady_load import LoadShape
 from bench.timed_stage import NUM_LAYERS, load_timed
 from molink_common.folders import cache_folder
 from molink_common.memory import begin_again_with_memory_environment, spare_what_lives
@@ -35,9 +36,10 @@ from molink_stage_worker.engine.interface import Engine, StageSpec
 from molink_stage_worker.engine.loading import load_engine
 from molink_stage_worker.models import prepare
 
-PROMPT_TOKENS, ANSWER_TOKENS = 32, 64
+_SHAPE = LoadShape(streams=1)
+_PROMPT_TOKENS, _ANSWER_TOKENS = _SHAPE.prompt_tokens, _SHAPE.answer_tokens
 _BLOCK_SIZE = 16
-_BLOCKS_EACH = -(-(PROMPT_TOKENS + ANSWER_TOKENS) // _BLOCK_SIZE)
+_BLOCKS_EACH = -(-(_PROMPT_TOKENS + _ANSWER_TOKENS) // _BLOCK_SIZE)
 _MOST_STREAMS = 128
 _SIZES = struct.Struct("<II")
 _LISTEN_S = 60.0
@@ -155,7 +157,7 @@ class Head:
         """Tokens a second over `seconds`."""
         self._lengths, self._tokens = [0] * streams, [0] * streams
         # as after a while: the first answers end one after the other
-        ends = [PROMPT_TOKENS + 1 + ANSWER_TOKENS * slot // streams for slot in range(streams)]
+        ends = [_PROMPT_TOKENS + 1 + _ANSWER_TOKENS * slot // streams for slot in range(streams)]
         groups = [list(range(number, streams, micro_batches)) for number in range(micro_batches)]
         for group in groups:
             self._start(group)
@@ -182,9 +184,9 @@ class Head:
         token_ids: list[int] = []
         for slot in group:
             start = self._lengths[slot]
-            count = 1 if start else PROMPT_TOKENS
+            count = 1 if start else _PROMPT_TOKENS
             rows.append((slot, start, count))
-            token_ids += [self._tokens[slot]] if start else range(100 + slot, 100 + slot + PROMPT_TOKENS)
+            token_ids += [self._tokens[slot]] if start else range(100 + slot, 100 + slot + _PROMPT_TOKENS)
             self._lengths[slot] = start + count
         hidden = self._engine.run([_entry(row) for row in rows], (), token_ids=token_ids).hidden
         assert hidden is not None
@@ -196,7 +198,7 @@ class Head:
         for slot, token in zip(group, message[0], strict=True):
             self._tokens[slot] = token
             if self._lengths[slot] >= ends[slot]:
-                self._lengths[slot], ends[slot] = 0, PROMPT_TOKENS + ANSWER_TOKENS - 1
+                self._lengths[slot], ends[slot] = 0, _PROMPT_TOKENS + _ANSWER_TOKENS - 1
         return len(group)
 
     def _exchange(self, rows: Sequence[Sequence[int]], closes: Sequence[int]) -> None:

@@ -20,6 +20,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bench.bounds import StepCost
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostCurve:
@@ -37,6 +39,14 @@ class CostCurve:
     def __post_init__(self) -> None:
         if min(self.layer_read_s, self.layer_token_s, self.layer_context_s, self.overhead_s) < 0:
             raise ValueError(f"no part of a cost is below 0: {self}")
+
+    def stage(self, layers: int) -> StepCost:
+        """What `layers` cost, as `bounds` asks for it."""
+
+        def cost_s(tokens: float, _sequences: float, context_tokens: float) -> float:
+            return self.step_s(layers=layers, tokens=tokens, context_tokens=context_tokens)
+
+        return cost_s
 
     def step_s(self, *, layers: int, tokens: float, context_tokens: float) -> float:
         """How long `layers` take for a step of `tokens`, whose sequences have `context_tokens` in all behind them.

@@ -25,17 +25,15 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
 from bench import bounds
 from bench.cost_curve import CostCurve
-from bench.link_grid.cells import link_of
+from bench.link_grid.bounding import closed_loop, link_bound
+from bench.link_grid.steady_load import LoadShape
 from bench.timed_stage import HIDDEN_SIZE, NUM_LAYERS
 
-PROMPT_TOKENS, ANSWER_TOKENS = 32, 64
 LOSSLESS = 0.69
 """The share of their bytes that packed activations keep (see docs/weak-links.md)."""
-_CONTEXT_TOKENS = PROMPT_TOKENS + ANSWER_TOKENS // 2
 _PIECE_TOKENS = 4
 _ALONE_TOKENS = 26
 """Of prompts in a step in which nobody decodes."""
@@ -95,6 +93,8 @@ class IdealRing:
 
     def __init__(self, pipeline: bounds.PipelineBound, *, streams: int, rules: Rules, handover_s: float = 0.0) -> None:
         self._pipeline = pipeline
+        self._shape = LoadShape(streams=streams)
+        self._context_tokens = self._shape.prompt_tokens + self._shape.answer_tokens // 2
         self._rules = rules
         self._handover_s = handover_s
         self._share = math.ceil(streams / rules.micro_batches)
@@ -104,9 +104,9 @@ class IdealRing:
         self._stages = [_Queues() for _ in pipeline.stages]
         self._links = [_Queues() for _ in pipeline.links]
         self._ready: deque[int] = deque()
-        self._prompts = deque((stream, PROMPT_TOKENS) for stream in range(streams))
+        self._prompts = deque((stream, self._shape.prompt_tokens) for stream in range(streams))
         # the first answers are of different lengths, so that streams do not begin together for ever
-        self._left = [1 + stream * ANSWER_TOKENS // streams for stream in range(streams)]
+        self._left = [1 + stream * self._shape.answer_tokens // streams for stream in range(streams)]
         self._decoding = 0
         self._under_way = 0
         self._tokens = 0
@@ -166,9 +166,9 @@ class IdealRing:
         if self._left[stream]:
             self._ready.append(stream)
             return
-        self._left[stream] = ANSWER_TOKENS
+        self._left[stream] = self._shape.answer_tokens
         self._decoding -= 1
-        self._prompts.append((stream, PROMPT_TOKENS))
+        self._prompts.append((stream, self._shape.prompt_tokens))
 
     # --- stages and links ------------------------------------------------------------------------------------
 
@@ -195,7 +195,7 @@ class IdealRing:
         decoding = sum(len(step.decoding) for step in steps)
         tokens = sum(step.tokens for step in steps)
         self._after(
-            self._pipeline.stages[stage](tokens, decoding, decoding * _CONTEXT_TOKENS),
+            self._pipeline.stages[stage](tokens, decoding, decoding * self._context_tokens),
             lambda: self._computed(stage, steps),
         )
 
@@ -257,36 +257,22 @@ def timed_pipeline(link: str, *, stages: int) -> bounds.PipelineBound:
 
     Its links choose between raw and packed activations by themselves: packed where they are the slower ones.
     """
-    spec = link_of(link)
-    rate = None if spec is None else bounds.payload_bytes_per_s(spec.rate_bit_per_s, spec.mtu_bytes)
-    one_way_s = 0.0 if spec is None else spec.round_trip_s / 2
-    packs = rate is not None and rate < 50e6
+    way = link_bound(link)
+    packs = way.rate_bytes_per_s is not None and way.rate_bytes_per_s < 50e6
     layers = [NUM_LAYERS // stages + (index < NUM_LAYERS % stages) for index in range(stages)]
     return bounds.PipelineBound(
-        stages=tuple(partial(_timed_s, CostCurve(), count) for count in layers),
-        links=(bounds.LinkBound(rate_bytes_per_s=rate, one_way_s=one_way_s),) * (stages - 1),
-        return_s=one_way_s,
+        stages=tuple(CostCurve().stage(count) for count in layers),
+        links=(way,) * (stages - 1),
+        return_s=way.one_way_s,
         bytes_a_token=HIDDEN_SIZE * 2 * (LOSSLESS if packs else 1.0),
     )
-
-
-def bound_of(pipeline: bounds.PipelineBound, streams: int) -> bounds.Bound:
-    """The bound for the same load."""
-    load = bounds.Load(
-        sequences=streams, context_tokens=_CONTEXT_TOKENS, prompt_share=(PROMPT_TOKENS - 1) / ANSWER_TOKENS
-    )
-    return bounds.best(pipeline, load)
-
-
-def _timed_s(curve: CostCurve, layers: int, tokens: float, _sequences: float, context_tokens: float) -> float:
-    return curve.step_s(layers=layers, tokens=tokens, context_tokens=context_tokens)
 
 
 def _main(arguments: argparse.Namespace) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for link, streams in itertools.product(arguments.links, arguments.concurrency):
         pipeline = timed_pipeline(link, stages=arguments.stages)
-        bound = bound_of(pipeline, streams)
+        bound = bounds.best(pipeline, closed_loop(streams))
         print(f"{link}, {streams} streams: bound {bound.tokens_per_s:.1f} tokens/s ({bound.limit})", flush=True)
         for handover_ms in arguments.handovers_ms:
             rate, rules = best(pipeline, streams=streams, handover_s=handover_ms / 1e3)

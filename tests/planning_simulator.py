@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import math
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -26,40 +25,12 @@ from molink_stage_worker.planning import Demand, Planner, StepObservation
 from molink_stage_worker.planning.stage_cost import StageCurve, StageEstimator
 from molink_stage_worker.planning.step_load import StepLoad, pays_together
 from molink_stage_worker.ready_queue import ReadyQueue
+from tests.planning_machines import Cost, Wire
 
 CONTEXT_TOKENS = 60
 """Of a sequence that decodes."""
 PIECE_BYTES = 32 * 1024
 STEP_TOKENS = 256
-Cost = Callable[[int], float]
-"""Seconds of a step of so many tokens."""
-
-
-def affine(fixed_s: float = 0.008, per_token_s: float = 0.0016) -> Cost:
-    """A CPU."""
-    return lambda tokens: fixed_s + per_token_s * tokens
-
-
-def roofline(least_s: float = 0.0175, per_token_s: float = 0.000875) -> Cost:
-    """A GPU: reading the weights, or computing."""
-    return lambda tokens: max(least_s, per_token_s * tokens)
-
-
-def stairs(fixed_s: float = 0.02, step_s: float = 0.012, width: int = 16) -> Cost:
-    """A CPU that computes tiles."""
-    return lambda tokens: fixed_s + step_s * math.ceil(tokens / width)
-
-
-@dataclass(frozen=True, slots=True)
-class Wire:
-    rate_bytes_per_s: float
-    round_trip_s: float
-
-
-LAN = Wire(125e6, 0.0004)
-WAN_30 = Wire(12.5e6, 0.03)
-WAN_100 = Wire(12.5e6, 0.1)
-SLOW_30 = Wire(1.25e6, 0.03)
 
 
 @dataclass(slots=True, eq=False)
@@ -132,7 +103,7 @@ class _Stage:
             return False
         if other.load.tokens <= self._ALWAYS_TOKENS:
             return True
-        if pays_together(self._curve, together(steps), other.load):
+        if pays_together(self._curve, StepLoad.together(step.load for step in steps), other.load):
             return True
         self._refusals += 1
         return other.load.tokens <= self._TRY_TOKENS and self._refusals % self._REFUSALS_A_TRY == 0
@@ -144,11 +115,6 @@ class _Stage:
         self._passes += 1
         if self._passes % self._PASSES_A_CURVE == 0:
             self._curve = self._cost.curve()
-
-
-def together(steps: Sequence[_Step]) -> StepLoad:
-    """The load of a pass."""
-    return sum((step.load for step in steps), start=StepLoad.of(()))
 
 
 class _Sending:
@@ -373,7 +339,7 @@ class Pipeline:
         """One pass."""
         queue = self._computing[stage]
         queue.is_busy = True
-        load = together(steps)
+        load = StepLoad.together(step.load for step in steps)
         compute_s = self._scattered(self.stages[stage](load.tokens))
         for step in steps:
             step.waited_s.append(self.now_s - step.arrived_at_s)

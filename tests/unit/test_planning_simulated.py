@@ -7,18 +7,8 @@ from statistics import mean
 import pytest
 
 from molink_stage_worker.planning.cycle import distinct_counts
-from tests.planning_simulator import (
-    LAN,
-    SLOW_30,
-    WAN_30,
-    WAN_100,
-    Cost,
-    Pipeline,
-    Wire,
-    affine,
-    roofline,
-    stairs,
-)
+from tests.planning_machines import LAN, SLOW_30, WAN_30, WAN_100, Cost, Wire, affine, roofline, stairs
+from tests.planning_simulator import Pipeline
 
 SETTLED_S = 5.0
 UNEQUAL = [affine(0.004, 0.001), affine(0.010, 0.002), roofline()]

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from molink_stage_worker.planning.stage_cost import StageEstimator, never_falling
-from tests.planning_simulator import Cost, affine, roofline, stairs
+from tests.planning_machines import Cost, affine, roofline, stairs
 
 SIZES = [1, 2, 4, 8, 16, 32, 64, 128, 256]
 

@@ -166,19 +166,7 @@ class Batcher:
 
     def demand(self) -> Demand:
         """What the planner must know of the present load."""
-        decoding = [sequence for sequence in self._running.values() if sequence.is_decoding]
-        begun = [one for one in self._running.values() if one.unplanned and not one.is_decoding]
-        prompt_tokens = sum(one.unplanned for one in begun)
-        context = sum(len(one.tokens) for one in decoding)
-        return Demand(
-            decoding=len(decoding),
-            context_tokens=context // len(decoding) if decoding else 0,
-            prompt_tokens_waiting=prompt_tokens + self._residents.tokens_waiting,
-            admitted_prompt_tokens=prompt_tokens,
-            longest_prompt_tokens=max((len(one.tokens) for one in begun), default=0),
-            prompts_waiting=len(begun) + self._residents.num_to_rebuild + self._residents.num_waiting,
-            window=self._speculation.window,
-        )
+        return self._residents.demand(window=self._speculation.window)
 
     def report(self) -> HeadReport:
         """Numbers for the heartbeat; the age of the oldest step and the plan are for the caller to add."""

@@ -9,16 +9,15 @@ next step), so the event loop has nothing to do but to pass a finished buffer to
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-
-import torch
 
 from molink_common import messages
 from molink_common.errors import ProtocolError
-from molink_common.identity import sequence_id, sequence_number
-from molink_common.messages import PromptLogprobs, StepTokens, TokenEvent
+from molink_common.identity import sequence_number
+from molink_common.messages import StepTokens
 from molink_common.wire import Codec, Entry, Logits, StageTiming, StepFrame, encode_frame
+from molink_stage_worker import step_sampling
 from molink_stage_worker.activation_codec import decode_hidden, encode_hidden
 from molink_stage_worker.chunk_choice import MOST_LOGIT_ROWS
 from molink_stage_worker.codec_choice import CodecChoice
@@ -27,7 +26,6 @@ from molink_stage_worker.journal import Journal
 from molink_stage_worker.lives import Lives
 from molink_stage_worker.planning.stage_cost import StageCurve, StageEstimator
 from molink_stage_worker.planning.step_load import StepLoad, pays_together
-from molink_stage_worker.prompt_logprobs import told_by
 from molink_stage_worker.sampling import Sampler
 from molink_stage_worker.stage_step import NOTHING, StageResult, StageStep, emptied, refusing
 
@@ -89,7 +87,7 @@ class StageCompute:
             return False
         if other.rides_along or other.load.tokens <= _ALWAYS_TOKENS:
             return True
-        if pays_together(self._curve, _together(steps), other.load):
+        if pays_together(self._curve, StepLoad.together(step.load for step in steps), other.load):
             return True
         # what is never run stays misjudged: now and then it is
         self._refusals += 1
@@ -108,7 +106,7 @@ class StageCompute:
     def _expected_s(self, steps: Sequence[StageStep]) -> float | None:
         if self._curve is None:
             return None
-        load = _together(steps)
+        load = StepLoad.together(step.load for step in steps)
         return self._curve.compute_s(load.tokens, load.sequences, load.context_tokens)
 
     def _run(self, steps: Sequence[StageStep]) -> list[StageResult]:
@@ -153,7 +151,7 @@ class StageCompute:
             rows = memoryview(b"".join(part for part in found.values() if part is not None))
         if closed:
             if self._sampler is not None:
-                _prepare(self._sampler, (), [closed])
+                step_sampling.prepare(self._sampler, (), [closed])
             is_head = step.token_ids is not None
             closes = [sequence_number(name) for name in closed]
             self.engine.run((), closes, token_ids=() if is_head else None, hidden=None if is_head else NOTHING)
@@ -161,7 +159,7 @@ class StageCompute:
         if self._sampler is None:
             payload, codec = self._encode(step.frame, rows or None, timing)
             return _result(step, payload, None, started_ns, problem=problem, codec=codec)
-        tokens = _sampled(self._sampler, step, None, timing)
+        tokens = step_sampling.sampled(self._sampler, step, None, timing)
         return _result(step, messages.encode(tokens), tokens, started_ns, problem=problem)
 
     def _replayed(self, entry: Entry) -> bytes | None:
@@ -171,7 +169,7 @@ class StageCompute:
         began_ns, started_ns = time.perf_counter_ns(), time.time_ns()
         entries = tuple(entry for step in steps for entry in step.frame.entries)
         if self._sampler is not None:
-            _prepare(self._sampler, steps, closed)
+            step_sampling.prepare(self._sampler, steps, closed)
         token_ids, hidden = self._inputs(steps)
         closes = [sequence_number(name) for names in closed for name in names]
         output = self.engine.run(entries, closes, token_ids=token_ids, hidden=hidden)
@@ -192,7 +190,7 @@ class StageCompute:
             else:
                 rows = sum(len(entry.places_with_logits) for entry in frame.entries)
                 logits_RV = None if output.logits_RV is None else output.logits_RV[row_at : row_at + rows]
-                tokens = _sampled(self._sampler, step, logits_RV, timing)
+                tokens = step_sampling.sampled(self._sampler, step, logits_RV, timing)
                 row_at += rows
                 results.append(_result(step, messages.encode(tokens), tokens, started_ns))
             token_at += frame.num_tokens
@@ -264,28 +262,6 @@ class StageCompute:
             self._curve = self._cost.curve()
 
 
-def _together(steps: Sequence[StageStep]) -> StepLoad:
-    return sum((step.load for step in steps[1:]), start=steps[0].load)
-
-
-def _prepare(sampler: Sampler, steps: Sequence[StageStep], closed: Sequence[tuple[str, ...]]) -> None:
-    for names in closed:
-        for name in names:
-            sampler.close(name)
-    for step in steps:
-        for opening in step.extra.opens:
-            sampler.open(opening)
-        for entry in step.frame.entries:
-            if entry.logits is not Logits.NONE and not sampler.knows(sequence_id(entry.sequence)):
-                raise ProtocolError(f"sequence {sequence_id(entry.sequence)} wants a token but was never opened")
-            if entry.logits is Logits.DRAFTS:
-                named = len(step.extra.drafts.get(sequence_id(entry.sequence), ()))
-                if named != entry.count - 1:
-                    raise ProtocolError(
-                        f"{entry.count} tokens of sequence {sequence_id(entry.sequence)}, {named} guesses"
-                    )
-
-
 def _result(
     step: StageStep,
     payload: bytes | bytearray,
@@ -309,98 +285,6 @@ def _result(
     )
 
 
-def _sampled(sampler: Sampler, step: StageStep, logits_RV: torch.Tensor | None, timing: StageTiming) -> StepTokens:
-    frame = step.frame
-    events: list[TokenEvent] = []
-    failed: list[str] = []
-    told: list[PromptLogprobs] = []
-    if logits_RV is not None and logits_RV.shape[0]:
-        names, rows = _rows_to_sample(sampler, frame.entries)
-        if _asks_for_all(frame.entries):
-            told, failed = _told_of_prompts(sampler, logits_RV, frame.entries)
-            kept = [place for place, name in enumerate(names) if name not in failed]
-            names, rows = [names[place] for place in kept], [rows[place] for place in kept]
-        drafts = step.extra.drafts
-        while names:
-            wanted_RV = logits_RV if len(rows) == logits_RV.shape[0] else logits_RV[rows]
-            found, unsound = sampler.sample(wanted_RV, names)
-            events += found
-            failed += unsound
-            names, rows, drafts = _where_guesses_are_right(found, dict(zip(names, rows, strict=True)), drafts)
-    # built without validation: this runs for every step, and every value is our own
-    return StepTokens.model_construct(
-        pipeline=frame.pipeline,
-        epoch=frame.epoch,
-        step=frame.step,
-        events=tuple(events),
-        failed=tuple(failed),
-        refused=step.extra.refused,
-        prompt_logprobs=tuple(told),
-        timings=tuple(one.numbers for one in (*frame.timings, timing)),
-    )
-
-
-def _told_of_prompts(
-    sampler: Sampler, logits_RV: torch.Tensor, entries: tuple[Entry, ...]
-) -> tuple[list[PromptLogprobs], list[str]]:
-    """What the entries that ask for all rows tell of their prompts, and the sequences whose logits are not finite."""
-    told: list[PromptLogprobs] = []
-    failed: list[str] = []
-    row = 0
-    for entry in entries:
-        first, row = row, row + len(entry.places_with_logits)
-        name = sequence_id(entry.sequence)
-        if entry.logits is not Logits.ALL:
-            continue
-        prompt, likeliest = sampler.asked_of_prompt(name)
-        if likeliest is None or entry.start + 1 >= len(prompt):
-            continue
-        part = told_by(logits_RV[first:row], sequence=name, prompt=prompt, start=entry.start, likeliest=likeliest)
-        if part is None:
-            failed.append(name)
-        else:
-            told.append(part)
-    return told, failed
-
-
-def _where_guesses_are_right(
-    events: list[TokenEvent], rows: dict[str, int], drafts: Mapping[str, tuple[int, ...]]
-) -> tuple[list[str], list[int], dict[str, tuple[int, ...]]]:
-    """Whose next guess is the token just chosen: who goes on, with which row of logits, and the guesses left."""
-    left = {
-        event.sequence: guesses[1:]
-        for event in events
-        if event.finish is None and (guesses := drafts.get(event.sequence)) and guesses[0] == event.token
-    }
-    return list(left), [rows[name] + 1 for name in left], left
-
-
 def _rows_of_chunks(entries: tuple[Entry, ...]) -> int:
     """Of the entries that ask for the logits of more than their last token."""
     return sum(entry.count for entry in entries if entry.logits in (Logits.ALL, Logits.DRAFTS))
-
-
-def _asks_for_all(entries: tuple[Entry, ...]) -> bool:
-    return any(entry.logits is Logits.ALL for entry in entries)
-
-
-def _rows_to_sample(sampler: Sampler, entries: tuple[Entry, ...]) -> tuple[list[str], list[int]]:
-    """Who gets a token, and the row of logits that it comes from: that of the last token that the sequence has.
-
-    A chunk that asks for all rows may end in the middle of the prompt; guesses stand behind the last token.
-    """
-    names: list[str] = []
-    rows: list[int] = []
-    count = 0
-    for entry in entries:
-        if entry.logits is Logits.NONE:
-            continue
-        first, count = count, count + len(entry.places_with_logits)
-        name = sequence_id(entry.sequence)
-        if entry.logits is Logits.DRAFTS:
-            names.append(name)
-            rows.append(first)
-        elif entry.logits is Logits.LAST or sampler.is_next(name, entry.start + entry.count):
-            names.append(name)
-            rows.append(count - 1)
-    return names, rows

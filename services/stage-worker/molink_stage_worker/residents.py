@@ -24,6 +24,7 @@ from molink_stage_worker.batch_sequence import Sequence
 from molink_stage_worker.departures import Departures, Leaving
 from molink_stage_worker.fair_queue import FairQueue, Shares
 from molink_stage_worker.kv_blocks import BlockAllocator
+from molink_stage_worker.planning.observation import Demand
 from molink_stage_worker.prefix_cache import ChainKeys
 
 
@@ -55,15 +56,22 @@ class Residents:
         """How many have no blocks."""
         return len(self._waiting)
 
-    @property
-    def num_to_rebuild(self) -> int:
-        """How many a replaced stage still lacks."""
-        return sum(one.to_rebuild > 0 for one in self.running.values())
-
-    @property
-    def tokens_waiting(self) -> int:
-        """Of those that have no blocks."""
-        return sum(one.unplanned for one in self._waiting)
+    def demand(self, *, window: float) -> Demand:
+        """What the planner must know of them. `window`: tokens a step of each who decodes, guesses included."""
+        decoding = [sequence for sequence in self.running.values() if sequence.is_decoding]
+        begun = [one for one in self.running.values() if one.unplanned and not one.is_decoding]
+        prompt_tokens = sum(one.unplanned for one in begun)
+        context = sum(len(one.tokens) for one in decoding)
+        to_rebuild = sum(one.to_rebuild > 0 for one in self.running.values())
+        return Demand(
+            decoding=len(decoding),
+            context_tokens=context // len(decoding) if decoding else 0,
+            prompt_tokens_waiting=prompt_tokens + sum(one.unplanned for one in self._waiting),
+            admitted_prompt_tokens=prompt_tokens,
+            longest_prompt_tokens=max((len(one.tokens) for one in begun), default=0),
+            prompts_waiting=len(begun) + to_rebuild + self.num_waiting,
+            window=window,
+        )
 
     @property
     def free_blocks(self) -> int:

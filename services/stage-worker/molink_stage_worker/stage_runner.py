@@ -22,8 +22,7 @@ from molink_common.errors import ProtocolError
 from molink_common.logs import get_logger
 from molink_common.messages import AssignStage, HeadReport, LinkReport, StartSequence, StepTokens
 from molink_common.telemetry import Telemetry
-from molink_common.wire import Codec, Traffic
-from molink_stage_worker.activation_codec import EXACTNESS
+from molink_common.wire import Traffic
 from molink_stage_worker.company import DecodeRhythm
 from molink_stage_worker.compute import StageCompute
 from molink_stage_worker.fence import Drop, Fence
@@ -34,6 +33,7 @@ from molink_stage_worker.ready_queue import ReadyQueue
 from molink_stage_worker.stage_inlet import StageInlet
 from molink_stage_worker.stage_link import StageLink
 from molink_stage_worker.stage_step import StageResult, StageStep, planned
+from molink_stage_worker.step_traces import trace_step
 from molink_stage_worker.token_outbox import NO_STEP, TokenOutbox
 
 log = get_logger("stage")
@@ -395,24 +395,4 @@ class StageRunner:
             log.warning("entries refused", step=result.step, problem=result.problem)
         self.steps_done += 1
         self.tokens_done += result.num_tokens
-        for parent in result.traces:
-            self._telemetry.record(
-                "stage step",
-                parent=parent,
-                start_ns=result.started_ns,
-                end_ns=result.ended_ns,
-                attributes={
-                    "molink.worker": self._worker,
-                    "molink.stage": self._assignment.index,
-                    "molink.step": result.step,
-                    "molink.tokens": result.num_tokens,
-                    "molink.traffic": result.traffic.name.lower(),
-                    **_codec_attributes(result.codec),
-                },
-            )
-
-
-def _codec_attributes(codec: Codec) -> dict[str, str]:
-    if codec is Codec.ABSENT:
-        return {}
-    return {"molink.link_codec": codec.name.lower(), "molink.link_exactness": EXACTNESS[codec]}
+        trace_step(self._telemetry, result, worker=self._worker, stage=self._assignment.index)

@@ -32,6 +32,11 @@ class StepLoad:
             context_tokens += entry.start + entry.count
         return cls(tokens=tokens, prompt_tokens=prompt_tokens, sequences=sequences, context_tokens=context_tokens)
 
+    @classmethod
+    def together(cls, loads: Iterable[StepLoad]) -> StepLoad:
+        """Of steps that are computed in one pass."""
+        return sum(loads, start=cls(tokens=0, prompt_tokens=0, sequences=0, context_tokens=0))
+
     def __add__(self, other: StepLoad) -> StepLoad:
         return StepLoad(
             tokens=self.tokens + other.tokens,
