@@ -238,7 +238,8 @@ class Pipeline:
         if plan.separate_prefill:
             goes_along = bool(plan.along_tokens) and self._under_way[Traffic.DECODE] > 0
             waiting = sum(prompt.rest for prompt in self._apart(plan))
-            if not goes_along or waiting > 2 * plan.micro_batches * plan.along_tokens:
+            has_backlog = not plan.only_along and waiting > 2 * plan.micro_batches * plan.along_tokens
+            if not goes_along or has_backlog:
                 classes.append(Traffic.BULK)
             if self._decode_steps_in_a_row >= plan.micro_batches and not plan.along_tokens:
                 classes.reverse()

@@ -337,16 +337,23 @@ def test_the_allocator_never_loses_or_doubles_a_block(moves: list[tuple[int, int
     st.integers(1, 4),
     st.integers(1, 20),
     st.booleans(),
+    st.booleans(),
     st.sampled_from((0, 2, 15)),
     st.sampled_from((None, 0.0, 0.2)),
 )
 def test_without_trouble_every_sequence_gets_all_its_tokens(
-    wishes: list[tuple[int, int]], most: int, chunk: int, separate: bool, riding: int, price: float | None
+    wishes: list[tuple[int, int]],
+    most: int,
+    chunk: int,
+    separate: bool,
+    only_along: bool,
+    riding: int,
+    price: float | None,
 ) -> None:
     limits = BatchLimits(num_blocks=64, block_size=4, step_tokens=16, max_running=8)
     plan = BatchPlan(
         micro_batches=most, chunk_tokens=chunk, chunks_under_way=3, separate_prefill=separate, along_tokens=chunk,
-        riding_tokens=riding, draft_price=price,
+        only_along=only_along, riding_tokens=riding, draft_price=price,
     )  # fmt: skip
     batcher, stages = Batcher(limits, plan), Stages(limits)
     for number, (prompt, new) in enumerate(wishes):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -323,3 +324,23 @@ def test_what_the_planner_hears_of_prompts() -> None:
     assert demand.longest_prompt_tokens == 40
     assert demand.prompt_tokens_waiting == 50 - 16 + 100, "the third has no place yet"
     assert demand.prompts_waiting == 3
+
+
+@pytest.mark.parametrize("only_along", [False, True])
+def test_a_long_prompt_that_has_time_gets_no_steps_of_its_own_while_others_decode(only_along: bool) -> None:
+    head, indices = batcher(micro_batches=1, separate=True, chunk_tokens=8), dict[int, int]()
+    head.plan = replace(head.plan, chunks_under_way=3, along_tokens=4, only_along=only_along)
+    head.add(start(1, prompt=3))
+    head.on_tokens(result(plan_of(head), indices))
+    head.add(start(2, prompt=40))
+    decode = plan_of(head)
+    along = head.step_along()
+    assert along is not None
+    assert (decode.traffic, along.traffic) == (Traffic.DECODE, Traffic.BULK)
+    assert shape(along) == [(2, 0, 4, Logits.NONE)]
+
+    alone = head.next_step()
+    assert (alone is None) is only_along
+
+    head.on_tokens(result(decode, indices, FinishReason.STOP))
+    assert shape(plan_of(head))[0][0] == 2, "nobody decodes any more"

@@ -43,6 +43,8 @@ class BatchPlan:
     along_tokens: int = 0
     """With `separate_prefill`: prompt tokens that the head may compute in one pass with a decode step, as a step of
     their own. They cost little there, since the pass reads the weights anyway."""
+    only_along: bool = False
+    """With `along_tokens`: prompts have time, and get no other steps of their own while there are decode steps."""
     riding_tokens: int = 0
     """With `separate_prefill`: most tokens of short prompts that go in a decode step itself."""
     draft_price: float | None = None

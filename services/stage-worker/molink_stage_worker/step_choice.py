@@ -59,6 +59,8 @@ class StepChoice:
 
     def _has_backlog(self, plan: BatchPlan) -> bool:
         """Whether prompts that do not ride would take longer if they only went along with decode steps."""
+        if plan.only_along:
+            return False
         riding = self._riding(plan)
         waiting = sum(
             one.unplanned for one in self._residents.running.values() if not one.is_decoding and one.id not in riding

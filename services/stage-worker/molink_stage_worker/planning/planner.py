@@ -13,6 +13,7 @@ from molink_stage_worker.planning.choice import MicroBatchChoice
 from molink_stage_worker.planning.cycle import Bottleneck, Cycle, Machine, predict
 from molink_stage_worker.planning.cycle_meter import CycleMeter
 from molink_stage_worker.planning.observation import Demand, PlannerReport, StepObservation
+from molink_stage_worker.planning.pace import PromptPace, alone_s
 from molink_stage_worker.planning.published import published_micro_batches
 from molink_stage_worker.planning.ring import NO_LINKS, Links, RingEstimator
 from molink_stage_worker.planning.stage_cost import StageEstimator
@@ -67,6 +68,7 @@ class Planner:
         self._planned_for: Demand | None = None
         self._cut_at_s: float | None = None
         self._meter = CycleMeter()
+        self._pace = PromptPace()
         self._thoughts = 0
         self._choice = MicroBatchChoice(self._plan.micro_batches)
 
@@ -220,6 +222,7 @@ class Planner:
             ),
             separate_prefill=separate,
             along_tokens=along_tokens,
+            only_along=along_tokens > 0 and self._has_time(machine, demand, micro_batches * along_tokens, now_s),
             riding_tokens=riding_tokens,
             draft_price=self._draft_price(machine, demand, micro_batches),
         )
@@ -228,6 +231,16 @@ class Planner:
         """How many prompts, in lengths of the longest, wait to be computed; those of a few chunks are none."""
         length = max(demand.longest_prompt_tokens, _CHUNKS_OF_A_LONG_PROMPT * self._plan.chunk_tokens)
         return demand.admitted_prompt_tokens / length
+
+    def _has_time(self, machine: Machine, demand: Demand, tokens_a_cycle: int, now_s: float) -> bool:
+        """Whether prompts are in time if they only go along with decode steps."""
+        return self._cycle is not None and self._pace.has_time(
+            waiting_tokens=demand.admitted_prompt_tokens,
+            tokens_a_cycle=tokens_a_cycle,
+            cycle_s=self._cycle.cycle_s,
+            longest_alone_s=alone_s(machine, prompt_tokens=demand.longest_prompt_tokens, step_tokens=self._step_tokens),
+            now_s=now_s,
+        )
 
     def _draft_price(self, machine: Machine, demand: Demand, micro_batches: int) -> float | None:
         """The share that a cycle grows by if every sequence that decodes has one more of its tokens guessed."""
