@@ -1,7 +1,7 @@
 """What simple rules give where nothing takes time but computing, bytes and distance. Pure, with a virtual clock.
 
     python -m bench.ideal_ring                          synthetic 70B, two stages: LAN, and 100 Mbit/s and 30 ms
-    python -m bench.ideal_ring --stages 3 --handovers-ms 0,2,3.5
+    python -m bench.ideal_ring --stages 3 --handovers-ms 0,2,3.5 --vary
 
 The bound of `bounds` is arithmetic: nothing says that there is a way to work by which it is reached. And `bare_ring`
 needs a machine, whose processes, sockets and neighbours take their time. This stands between the two. Streams in closed
@@ -12,7 +12,8 @@ many decode steps are under way at most and how many tokens of prompts go with e
 
 A *handover* is what one hop costs besides: from a pass that ends to the next stage's pass, or from the tail's pass to
 the head's next plan. At 0 only the rules keep it from the bound; at what a system's hops really cost, it says what
-better rules could still give that system.
+better rules could still give that system. Real ones are never alike: with ``--vary`` they are distributed
+exponentially about their mean, and steps meet in stages that would else keep out of each other's way.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import heapq
 import itertools
 import json
 import math
+import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -91,12 +93,22 @@ class _Queues:
 class IdealRing:
     """Streams that go round and round. `pipeline` is what `bounds` knows of a pipeline."""
 
-    def __init__(self, pipeline: bounds.PipelineBound, *, streams: int, rules: Rules, handover_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        pipeline: bounds.PipelineBound,
+        *,
+        streams: int,
+        rules: Rules,
+        handover_s: float = 0.0,
+        varies: bool = False,
+    ) -> None:
         self._pipeline = pipeline
         self._shape = LoadShape(streams=streams)
         self._context_tokens = self._shape.prompt_tokens + self._shape.answer_tokens // 2
         self._rules = rules
         self._handover_s = handover_s
+        self._varying = random.Random(1) if varies else None
+        self._handed_over_s: dict[tuple[int, bool], float] = {}
         self._share = math.ceil(streams / rules.micro_batches)
         self._now_s = 0.0
         self._events: list[tuple[float, int, Callable[[], None]]] = []
@@ -126,6 +138,16 @@ class IdealRing:
 
     def _after(self, delay_s: float, act: Callable[[], None]) -> None:
         heapq.heappush(self._events, (self._now_s + delay_s, next(self._order), act))
+
+    def _hand_over(self, way_s: float, step: _Step, stage: int, act: Callable[[], None]) -> None:
+        """From a stage to the next one; nothing overtakes what is of its class."""
+        handover_s = self._handover_s
+        if self._varying is not None and handover_s:
+            handover_s = self._varying.expovariate(1.0 / handover_s)
+        key = (stage, bool(step.decoding))
+        at_s = max(self._now_s + way_s + handover_s, self._handed_over_s.get(key, 0.0))
+        self._handed_over_s[key] = at_s
+        self._after(at_s - self._now_s, act)
 
     # --- head ------------------------------------------------------------------------------------------------
 
@@ -202,7 +224,7 @@ class IdealRing:
     def _computed(self, stage: int, steps: list[_Step]) -> None:
         self._stages[stage].is_busy = False
         if stage == len(self._links):
-            self._after(self._pipeline.return_s + self._handover_s, lambda: self._back(steps))
+            self._hand_over(self._pipeline.return_s, steps[0], stage, lambda: self._back(steps))
         else:
             for step in steps:
                 if step.decoding and step.chunks:
@@ -235,21 +257,23 @@ class IdealRing:
         def sent() -> None:
             queues.is_busy = False
             if is_sent:
-                way_s = self._pipeline.links[link].one_way_s + self._handover_s
-                self._after(way_s, lambda: self._arrive(link + 1, step))
+                self._hand_over(self._pipeline.links[link].one_way_s, step, link, lambda: self._arrive(link + 1, step))
             self._send_next(link)
 
         self._after(self._pipeline.links[link].transmit_s(tokens * self._pipeline.bytes_a_token), sent)
 
 
-def best(pipeline: bounds.PipelineBound, *, streams: int, handover_s: float) -> tuple[float, Rules]:
+def best(
+    pipeline: bounds.PipelineBound, *, streams: int, handover_s: float, varies: bool = False
+) -> tuple[float, Rules]:
     """Tokens a second by the best of many pairs of rules, and that pair."""
-    found = [
-        (IdealRing(pipeline, streams=streams, rules=rules, handover_s=handover_s).tokens_per_s(), rules)
-        for rules in itertools.starmap(Rules, itertools.product(_MICRO_BATCHES, _RIDING))
-        if rules.micro_batches <= streams
-    ]
-    return max(found, key=lambda one: one[0])
+
+    def rate(rules: Rules) -> float:
+        ring = IdealRing(pipeline, streams=streams, rules=rules, handover_s=handover_s, varies=varies)
+        return ring.tokens_per_s()
+
+    pairs = itertools.starmap(Rules, itertools.product(_MICRO_BATCHES, _RIDING))
+    return max(((rate(rules), rules) for rules in pairs if rules.micro_batches <= streams), key=lambda one: one[0])
 
 
 def timed_pipeline(link: str, *, stages: int) -> bounds.PipelineBound:
@@ -275,7 +299,7 @@ def _main(arguments: argparse.Namespace) -> list[dict[str, object]]:
         bound = bounds.best(pipeline, closed_loop(streams))
         print(f"{link}, {streams} streams: bound {bound.tokens_per_s:.1f} tokens/s ({bound.limit})", flush=True)
         for handover_ms in arguments.handovers_ms:
-            rate, rules = best(pipeline, streams=streams, handover_s=handover_ms / 1e3)
+            rate, rules = best(pipeline, streams=streams, handover_s=handover_ms / 1e3, varies=arguments.vary)
             share = rate / bound.tokens_per_s
             print(
                 f"  {handover_ms} ms a hop: {rate:.1f} tokens/s, {share:.0%}, with {rules.micro_batches} micro-batches "
@@ -304,8 +328,9 @@ if __name__ == "__main__":
     parser.add_argument(
         "--handovers-ms", type=lambda text: [float(word) for word in text.split(",")], default=[0.0, 1.0, 3.5]
     )
+    parser.add_argument("--vary", action="store_true", help="handovers vary, about the same mean")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     chosen = parser.parse_args()
     result = _main(chosen)
     if chosen.json:
-        print(json.dumps({"stages": chosen.stages, "rows": result}))
+        print(json.dumps({"stages": chosen.stages, "vary": chosen.vary, "rows": result}))

@@ -43,3 +43,15 @@ def test_the_best_rules_come_near_the_bound() -> None:
     found, rules = best(pipeline, streams=8, handover_s=0.0)
     assert found > 0.95 * bound_of(pipeline, 8)
     assert rules.micro_batches == 3
+
+
+def test_handovers_that_vary_cost_more_where_stages_are_busy_and_the_same_where_one_stream_waits() -> None:
+    def rate_of(streams: int, rules: Rules, *, varies: bool) -> float:
+        ring = IdealRing(
+            timed_pipeline("100m30", stages=2), streams=streams, rules=rules, handover_s=0.003, varies=varies
+        )
+        return ring.tokens_per_s(seconds=8, warm_s=8)
+
+    assert rate_of(1, Rules(1, 8), varies=True) == pytest.approx(rate_of(1, Rules(1, 8), varies=False), rel=0.03)
+    busy, alike = (rate_of(32, Rules(4, 8), varies=varies) for varies in (True, False))
+    assert 0.7 * alike < busy < 0.99 * alike
