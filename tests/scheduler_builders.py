@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 from molink_common.messages import (
     AssignStage,
     Dtype,
@@ -269,3 +271,14 @@ def refusal(done: list[Instruction]) -> Refused:
     assert len(done) == 1 and isinstance(done[0], ReplyTo)
     assert isinstance(done[0].message, Refused)
     return done[0].message
+
+
+@dataclass
+class FakeWorker:
+    is_alive: bool = True
+    is_leaving: bool = False
+    assignment: AssignStage | None = None
+    phase: StagePhase = StagePhase.LOADING
+    held: dict[str, list[int]] = field(default_factory=dict)
+    """As the head: each sequence with its tokens so far."""
+    preloaded: tuple[LayerRange, ...] = ()

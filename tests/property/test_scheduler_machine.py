@@ -6,8 +6,6 @@ come, go, leave and lose their stage, and tokens are repeated, lost, or of an ol
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -17,7 +15,6 @@ from molink_common.messages import (
     AssignStage,
     FinishReason,
     Heartbeat,
-    LayerRange,
     Resumed,
     ResumeSequence,
     SequencesHeld,
@@ -70,7 +67,7 @@ from molink_scheduler.instructions import (
 )
 from molink_scheduler.machine import Machine
 from molink_scheduler.records import PipelineRecord, Snapshot, StoredSequence
-from tests.scheduler_builders import make_heartbeat, make_request, make_settings
+from tests.scheduler_builders import FakeWorker, make_heartbeat, make_request, make_settings
 
 MAX_TOKENS = 4
 NAMES = ("w1", "w2", "w3", "w4")
@@ -79,17 +76,6 @@ NAMES = ("w1", "w2", "w3", "w4")
 def true_token(sequence: str, index: int) -> int:
     """A function of sequence and index alone, as sampling is."""
     return (int(sequence, 16) * 31 + index) % 100
-
-
-@dataclass
-class FakeWorker:
-    is_alive: bool = True
-    is_leaving: bool = False
-    assignment: AssignStage | None = None
-    phase: StagePhase = StagePhase.LOADING
-    held: dict[str, list[int]] = field(default_factory=dict)
-    """As the head: each sequence with its tokens so far."""
-    preloaded: tuple[LayerRange, ...] = ()
 
 
 class SchedulerMachine(RuleBasedStateMachine):

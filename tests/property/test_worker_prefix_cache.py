@@ -14,8 +14,9 @@ from molink_stage_worker.batch_plan import BatchLimits, StepPlan
 from molink_stage_worker.kv_blocks import BlockAllocator
 from molink_stage_worker.prefix_cache import ChainKeys
 from molink_stage_worker.stage_step import StageStep
+from tests.batcher_stages import Stages
 from tests.integration.counting_engine import BLOCK, VOCABULARY
-from tests.property.test_worker_batching import BatchingMachine, Stages
+from tests.property.test_worker_batching import BatchingMachine
 from tests.property.test_worker_rebuilds import NUM_BLOCKS, NUM_STAGES, RebuildMachine, Stage, storm
 
 SECRET = b"secret"
