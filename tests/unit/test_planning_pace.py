@@ -60,3 +60,10 @@ def test_time_begins_anew_when_nothing_waits() -> None:
     assert has_time(pace, 1500, 0.0)
     assert not has_time(pace, 100, 3.0), "a few tokens need none"
     assert has_time(pace, 1500, 5.0)
+
+
+def test_time_begins_anew_when_nobody_decodes() -> None:
+    pace = PromptPace()
+    assert has_time(pace, 1500, 0.0)
+    assert not pace.has_time(waiting_tokens=900, tokens_a_cycle=0, cycle_s=0.0, longest_alone_s=3.0, now_s=1.0)
+    assert has_time(pace, 1500, 60.0)

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 from molink_common.wire import Entry, Extra, Opening, Traffic
 
+BACKLOG_CYCLES = 2
+"""Prompts that would take longer to get on with decode steps than so many cycles are a backlog."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchLimits:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from molink_common.wire import Traffic
-from molink_stage_worker.batch_plan import BatchLimits, BatchPlan
+from molink_stage_worker.batch_plan import BACKLOG_CYCLES, BatchLimits, BatchPlan
 from molink_stage_worker.batch_sequence import Sequence
 from molink_stage_worker.chunk_choice import ChunkChoice
 from molink_stage_worker.residents import Residents
@@ -13,8 +13,6 @@ from molink_stage_worker.residents import Residents
 _PART_BESIDE_NEWCOMER = 8
 """While a tenant waits for a first token, those that were served more get this part of a decode step: a step of all
 their sequences would delay it by all of their computing, and a token later costs them little."""
-_RIDING_CYCLES = 2
-"""Prompts that would take longer to get on with decode steps go apart."""
 _FULL = 0.75
 """Of a micro-batch's share: micro-batches are never quite even."""
 _LEAST_REBUILDS_UNDER_WAY = 2
@@ -65,7 +63,7 @@ class StepChoice:
         waiting = sum(
             one.unplanned for one in self._residents.running.values() if not one.is_decoding and one.id not in riding
         )
-        return waiting > _RIDING_CYCLES * plan.micro_batches * plan.along_tokens
+        return waiting > BACKLOG_CYCLES * plan.micro_batches * plan.along_tokens
 
     def _riding(self, plan: BatchPlan) -> frozenset[str]:
         """Whose prompts go in decode steps themselves: who has waited longest, as many as fit into two cycles."""
@@ -73,7 +71,7 @@ class StepChoice:
         if not plan.separate_prefill or not plan.riding_tokens or not any(one.is_decoding for one in running):
             return frozenset()
         riding: set[str] = set()
-        room = _RIDING_CYCLES * plan.micro_batches * plan.riding_tokens
+        room = BACKLOG_CYCLES * plan.micro_batches * plan.riding_tokens
         for one in running:
             if 0 < one.unplanned <= room and not one.is_decoding and self._may_go_on(one, Traffic.DECODE):
                 riding.add(one.id)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from molink_stage_worker.batch_plan import BACKLOG_CYCLES
 from molink_stage_worker.planning.cycle import Machine
 
-_FEW_CYCLES = 2
 _PATIENCE = 1.2
 """How much longer than alone a prompt may take beside those who decode. Whatever its turn, it would wait for them."""
 
@@ -37,9 +37,9 @@ class PromptPace:
         """Whether what waits is computed in time if only `tokens_a_cycle` of it go along.
 
         `longest_alone_s` is what the longest of the prompts would take alone (see `alone_s`). False for a few tokens:
-        they need no time.
+        they need no time; and where none go along, because nobody decodes.
         """
-        if waiting_tokens <= _FEW_CYCLES * tokens_a_cycle:
+        if not tokens_a_cycle or waiting_tokens <= BACKLOG_CYCLES * tokens_a_cycle:
             self._waiting_since_s = None
             return False
         if self._waiting_since_s is None:

@@ -222,7 +222,7 @@ class Planner:
             ),
             separate_prefill=separate,
             along_tokens=along_tokens,
-            only_along=along_tokens > 0 and self._has_time(machine, demand, micro_batches * along_tokens, now_s),
+            only_along=self._has_time(machine, demand, micro_batches * along_tokens, now_s),
             riding_tokens=riding_tokens,
             draft_price=self._draft_price(machine, demand, micro_batches),
         )
@@ -234,10 +234,10 @@ class Planner:
 
     def _has_time(self, machine: Machine, demand: Demand, tokens_a_cycle: int, now_s: float) -> bool:
         """Whether prompts are in time if they only go along with decode steps."""
-        return self._cycle is not None and self._pace.has_time(
+        return self._pace.has_time(
             waiting_tokens=demand.admitted_prompt_tokens,
             tokens_a_cycle=tokens_a_cycle,
-            cycle_s=self._cycle.cycle_s,
+            cycle_s=0.0 if self._cycle is None else self._cycle.cycle_s,
             longest_alone_s=alone_s(machine, prompt_tokens=demand.longest_prompt_tokens, step_tokens=self._step_tokens),
             now_s=now_s,
         )
