@@ -32,6 +32,7 @@ class Wire:
 
 
 LAN = Wire(125e6, 0.0004)
+GBIT_2 = Wire(125e6, 0.002)
 WAN_30 = Wire(12.5e6, 0.03)
 WAN_100 = Wire(12.5e6, 0.1)
 SLOW_30 = Wire(1.25e6, 0.03)

@@ -147,6 +147,7 @@ class Pipeline:
         link_is_measured: bool = True,
         noise: float = 0.15,
         seed: int = 1,
+        slowed: float = 0.0,
     ) -> None:
         self.stages = stages
         self.wire = wire
@@ -166,6 +167,8 @@ class Pipeline:
         self._token_bytes = token_bytes
         self._link_is_measured = link_is_measured
         self._noise = noise
+        self._slowed = slowed
+        """The share by which a stage is slower for each other that computes: they share cores."""
         self._random = random.Random(seed)
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
@@ -339,9 +342,10 @@ class Pipeline:
     def _compute(self, stage: int, steps: list[_Step]) -> None:
         """One pass."""
         queue = self._computing[stage]
+        others = sum(other.is_busy for other in self._computing)
         queue.is_busy = True
         load = StepLoad.together(step.load for step in steps)
-        compute_s = self._scattered(self.stages[stage](load.tokens))
+        compute_s = self._scattered(self.stages[stage](load.tokens)) * (1.0 + self._slowed * others)
         for step in steps:
             step.waited_s.append(self.now_s - step.arrived_at_s)
             step.compute_s.append(compute_s)

@@ -76,6 +76,16 @@ def test_a_change_is_followed_in_seconds() -> None:
     )
 
 
+def test_a_slope_learnt_while_the_link_changed_is_bounded_by_what_steps_take_now() -> None:
+    """Large payloads were slow before, small ones are fast now, and from then on all are alike."""
+    ring = RingEstimator(links=1)
+    ring.on_link(125e6, None)
+    for index in range(40):
+        ring.on_step(observe(8192, 0.1), 0.1 * index, is_decode=True)
+    links = learn(ring, latency_s=0.001, s_per_byte=8e-9, payloads=[4096], since_s=4.0)
+    assert links.time_s(65_536) < 0.03
+
+
 def test_queueing_on_a_full_link_is_not_taken_for_latency() -> None:
     ring = RingEstimator(links=1)
     ring.on_link(1.25e6, None)

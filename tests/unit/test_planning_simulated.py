@@ -7,7 +7,7 @@ from statistics import mean
 import pytest
 
 from molink_stage_worker.planning.cycle import distinct_counts
-from tests.planning_machines import LAN, SLOW_30, WAN_30, WAN_100, Cost, Wire, affine, roofline, stairs
+from tests.planning_machines import GBIT_2, LAN, SLOW_30, WAN_30, WAN_100, Cost, Wire, affine, roofline, stairs
 from tests.planning_simulator import Pipeline
 
 SETTLED_S = 5.0
@@ -43,6 +43,26 @@ def test_throughput_is_within_5_percent_of_the_best_fixed_count(
 
     assert planned.tokens_per_s(SETTLED_S) >= 0.95 * max(fixed.values()), (fixed, planned.counts)
     assert planned.changes(SETTLED_S) <= 6, planned.counts
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "slowed", "sequences"),
+    [(affine(0.006, 0.0002), 0.3, 8), (affine(0.006, 0.0004), 0.6, 8), (affine(0.003, 0.0008), 0.6, 32)],
+)
+def test_stages_that_share_cores_get_few_micro_batches(stage: Cost, slowed: float, sequences: int, seed: int) -> None:
+    """What a stage takes while no other computes is seen only with one micro-batch."""
+    stages = [stage] * 3
+    best = max(
+        Pipeline(stages, GBIT_2, sequences=sequences, token_bytes=1152, micro_batches=count, slowed=slowed)
+        .run(7.0)
+        .tokens_per_s(2.0)
+        for count in range(1, 4)
+    )
+
+    planned = Pipeline(stages, GBIT_2, sequences=sequences, token_bytes=1152, slowed=slowed, seed=seed).run(16.0)
+
+    assert planned.tokens_per_s(SETTLED_S) >= 0.95 * best, (best, planned.counts)
 
 
 def test_a_link_that_gets_slower_gets_more_micro_batches() -> None:
@@ -103,12 +123,15 @@ def test_a_stage_that_gets_slower_gets_fewer_micro_batches(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_counts_that_are_equally_good_do_not_alternate(seed: int) -> None:
-    """Three and four micro-batches are within 2 % here, and a prompt every second makes cycles uneven."""
+    """Three and four micro-batches are within 2 % here, and a prompt every second makes cycles uneven.
+
+    A try is two changes.
+    """
     pipeline = Pipeline([roofline()] * 2, WAN_30, sequences=32, seed=seed)
     pipeline.prompts_every(1.0, 150)
     pipeline.run(45.0)
 
-    assert pipeline.changes(SETTLED_S) <= 4, pipeline.counts
+    assert pipeline.changes(SETTLED_S) <= 6, pipeline.counts
 
 
 @pytest.mark.parametrize("wire", [LAN, WAN_30])
@@ -135,7 +158,7 @@ def test_long_prompts_do_not_wait_longer_and_longer(interval_s: float) -> None:
 
     assert len(pipeline.first_tokens_s) >= 90.0 // interval_s
     assert max(pipeline.first_tokens_s) < 8.0, pipeline.first_tokens_s
-    assert pipeline.first_tokens_s[-1] < 6.0, pipeline.first_tokens_s
+    assert mean(pipeline.first_tokens_s[-5:]) < 1.35 * mean(pipeline.first_tokens_s[:10]), pipeline.first_tokens_s
 
 
 def test_long_prompts_hardly_disturb_those_that_decode() -> None:

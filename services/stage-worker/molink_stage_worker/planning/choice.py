@@ -1,8 +1,9 @@
 """Which count of micro-batches to have, and when to change it: at once when the demand is another, else rarely.
 
 Each change makes the steps uneven for a while, so it has to pay, and a count that goes to and fro has to rest longer
-and longer. What nobody has tried is tried once, for a moment, if it lies next to the present count and might pay:
-a stage's time for sizes that it never ran is a guess, and a wrong guess would otherwise stay.
+and longer. A count that nobody has seen run for a minute is tried, if it might pay, until its cycles are
+measured: a prediction may be wrong for a reason that only running shows, stages that share cores for one,
+and a wrong one would otherwise stay. Tries are as rare as they are expensive.
 """
 
 from __future__ import annotations
@@ -19,17 +20,24 @@ _LARGE_GAIN = 0.15
 _REST_S = 1.0
 _REST_CYCLES = 3.0
 _LONGEST_REST_S = 30.0
-_TRIES_EVERY_S = 2.0
-_TRY_S = 0.5
-_TRY_CYCLES = 2.5
-_TRY_WITHIN = 1.3
-"""A count is tried if its predicted cycle is at most so many times the present one's."""
+_TRY_S = 3.0
+_TRY_CYCLES = 12.0
+"""The longest that a try lasts: so long if no cycles were measured."""
+_MOST_LOSS, _MOST_LOSS_FAR = 0.3, 0.05
+"""Of a try: the share by which its cycle may be predicted to be longer, with a count next to the present one or not."""
+_TRIES_SHARE = 0.03
+"""Of all time, what tries may lose."""
+_LEAST_LOSS = 0.05
+_KNOWN_FOR_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class _Try:
     micro_batches: int
+    since_s: float
     until_s: float
+    loss: float
+    """The share by which its cycle is predicted to be longer."""
 
 
 class MicroBatchChoice:
@@ -43,15 +51,19 @@ class MicroBatchChoice:
         self._rest_s = _REST_S
         self._went_up: bool | None = None
         self._try: _Try | None = None
-        self._tried_at_s = 0.0
-        self._tried_sizes: set[int] = set()
+        self._no_try_before_s = 0.0
 
     def choose(
-        self, *, decoding: int, now_s: float, predict: Callable[[int], Cycle], knows: Callable[[int], bool]
+        self,
+        *,
+        decoding: int,
+        now_s: float,
+        predict: Callable[[int], Cycle],
+        measured_at_s: Callable[[int], float | None],
     ) -> Cycle:
         """The cycle to run, for at least one sequence that decodes.
 
-        `predict` gives the cycle of a count of micro-batches, `knows` whether steps of so many sequences were measured.
+        `predict` gives the cycle of a count of micro-batches, `measured_at_s` when its cycles were last measured.
         """
         if not self._decoding / 2 < decoding < self._decoding * 2:
             self._decoding = decoding
@@ -60,10 +72,12 @@ class MicroBatchChoice:
             self._try = None
             return self._change(_best(decoding, predict), now_s)
         if self._try is not None:
-            if self._tried_at_s <= now_s < self._try.until_s:
+            measured_s = measured_at_s(self._try.micro_batches)
+            is_measured = measured_s is not None and measured_s > self._try.since_s
+            if not is_measured and self._try.since_s <= now_s < self._try.until_s:
                 return predict(self._try.micro_batches)
+            self._no_try_before_s = now_s + (now_s - self._try.since_s) * self._try.loss / _TRIES_SHARE
             self._try = None
-            self._tried_at_s = now_s
         now = predict(self._present)
         rested_s = now_s - self._changed_at_s
         if rested_s < max(_REST_S, _REST_CYCLES * now.cycle_s):
@@ -76,9 +90,10 @@ class MicroBatchChoice:
             self._rest_s = min(2.0 * self._rest_s, _LONGEST_REST_S) if turns else self._rest_s
             self._went_up = goes_up
             return self._change(chosen, now_s)
-        if now_s - self._tried_at_s < _TRIES_EVERY_S:
+        present_s = measured_at_s(now.micro_batches)
+        if now_s < self._no_try_before_s or present_s is None or present_s < self._changed_at_s:
             return now
-        return self._start_try(decoding, now, now_s, predict, knows) or now
+        return self._start_try(decoding, now, now_s, predict, measured_at_s) or now
 
     def _change(self, cycle: Cycle, now_s: float) -> Cycle:
         self._present = cycle.micro_batches
@@ -91,19 +106,20 @@ class MicroBatchChoice:
         now: Cycle,
         now_s: float,
         predict: Callable[[int], Cycle],
-        knows: Callable[[int], bool],
+        measured_at_s: Callable[[int], float | None],
     ) -> Cycle | None:
         counts = distinct_counts(decoding)
-        above = [count for count in counts if count > now.micro_batches][:1]
-        below = [count for count in counts if count < now.micro_batches][-1:]
-        for count in above + below:
-            there = predict(count)
-            if there.size in self._tried_sizes or knows(there.size) or there.cycle_s > _TRY_WITHIN * now.cycle_s:
+        near = [count for count in counts if count < now.micro_batches][-1:]
+        near += [count for count in counts if count > now.micro_batches][:1]
+        for there in sorted(map(predict, counts), key=lambda cycle: cycle.cycle_s):
+            count = there.micro_batches
+            loss = there.cycle_s / now.cycle_s - 1.0
+            measured_s = measured_at_s(count)
+            is_known = measured_s is not None and now_s - measured_s < _KNOWN_FOR_S
+            if is_known or count == now.micro_batches or loss > (_MOST_LOSS if count in near else _MOST_LOSS_FAR):
                 continue
-            self._tried_sizes.add(there.size)
             length_s = max(_TRY_S, _TRY_CYCLES * max(now.cycle_s, there.cycle_s))
-            self._try = _Try(count, now_s + length_s)
-            self._tried_at_s = now_s
+            self._try = _Try(count, now_s, now_s + length_s, max(loss, _LEAST_LOSS))
             return there
         return None
 

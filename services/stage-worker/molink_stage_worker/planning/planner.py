@@ -77,7 +77,7 @@ class Planner:
         if step.tokens < 1 or not len(step.compute_s) == len(step.waited_s) == self._num_stages:
             return
         self._fade_prompts(now_s)
-        self._meter.on_tokens(step.decode_tokens - step.guesses)
+        self._meter.on_tokens(step.decode_tokens - step.guesses, now_s)
         prompt_tokens = step.tokens - step.decode_tokens
         riding_tokens = prompt_tokens if step.traffic is Traffic.DECODE else 0
         self._riding_tokens += riding_tokens
@@ -276,10 +276,16 @@ class Planner:
             decoding=demand.decoding,
             now_s=now_s,
             predict=corrected,
-            knows=lambda size: self._knows(round(size * demand.window)),
+            measured_at_s=self._meter.measured_at_s,
         )
-        plain_s = self._cycle_of(machine, demand, self._cycle.micro_batches).cycle_s
-        self._meter.on_plan(self._cycle.micro_batches, plain_s, demand.decoding, now_s)
+        self._meter.on_plan(
+            self._cycle.micro_batches,
+            demand.decoding,
+            now_s,
+            predict_s=lambda count, decoding: (
+                self._cycle_of(machine, replace(demand, decoding=decoding), count).cycle_s
+            ),
+        )
         return self._cycle.micro_batches
 
     def _predict(self, machine: Machine | None, demand: Demand, micro_batches: int) -> None:

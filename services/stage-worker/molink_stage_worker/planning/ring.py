@@ -111,16 +111,21 @@ class RingEstimator:
         return sum(one.payload_bytes for one in self._recent) / len(self._recent) if self._recent else 0.0
 
     def _s_per_byte(self) -> float | None:
-        """Measured, or else as if all links were like the head's own, as far as the remainders allow that."""
-        if self._rate_bytes_per_s is None:
-            return self._slope_s
+        """Measured, or else as if all links were like the head's own; as far as the recent remainders allow that.
+
+        A slope measured while the links changed may be anything, and payloads that are all alike never mend it.
+        """
+        own_s = None if self._rate_bytes_per_s is None else 1.0 / self._rate_bytes_per_s
         if self._slope_s is not None:
-            return max(self._slope_s, 1.0 / self._rate_bytes_per_s)
-        alike_s = self._links / self._rate_bytes_per_s
+            believed_s = max(self._slope_s, own_s or 0.0)
+        elif own_s is not None:
+            believed_s = self._links * own_s
+        else:
+            return None
         mean_bytes = self._mean_bytes()
         if mean_bytes <= 0:
-            return alike_s
-        return min(alike_s, _low([one.links_s for one in self._recent]) / mean_bytes)
+            return believed_s
+        return min(believed_s, _low([one.links_s for one in self._recent]) / mean_bytes)
 
     def _rate(self) -> float | None:
         """Of the slowest link. Where only the sum over the links is known, they are taken for equal."""
