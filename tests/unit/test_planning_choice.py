@@ -16,6 +16,7 @@ class World:
 
     cycles_s: dict[int, float]
     measures: bool = True
+    may_try: bool = True
     choice: MicroBatchChoice = field(default_factory=lambda: MicroBatchChoice(2))
     now_s: float = 0.0
     history: list[tuple[float, int]] = field(default_factory=list)
@@ -25,7 +26,11 @@ class World:
         until_s = self.now_s + for_s
         while self.now_s < until_s:
             count = self.choice.choose(
-                decoding=DECODING, now_s=self.now_s, predict=self.predict, measured_at_s=self.measured_s.get
+                decoding=DECODING,
+                now_s=self.now_s,
+                predict=self.predict,
+                measured_at_s=self.measured_s.get,
+                may_try=self.may_try,
             ).micro_batches
             if not self.history or self.history[-1][1] != count:
                 self.history.append((self.now_s, count))
@@ -86,3 +91,10 @@ def test_a_try_that_shows_a_shorter_cycle_is_followed_by_a_change() -> None:
     world.cycles_s[1] = 0.09
     world.run(40.0)
     assert world.counts == [2, 1]
+
+
+def test_nothing_is_tried_while_prompts_would_be_measured_too() -> None:
+    world = World({1: 0.12, 2: 0.1, 3: 0.11}, may_try=False).run(20.0)
+    assert world.counts == [2]
+    world.may_try = True
+    assert world.run(5.0).counts == [2, 3, 2]

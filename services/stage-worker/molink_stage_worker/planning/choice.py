@@ -60,10 +60,12 @@ class MicroBatchChoice:
         now_s: float,
         predict: Callable[[int], Cycle],
         measured_at_s: Callable[[int], float | None],
+        may_try: bool = True,
     ) -> Cycle:
         """The cycle to run, for at least one sequence that decodes.
 
         `predict` gives the cycle of a count of micro-batches, `measured_at_s` when its cycles were last measured.
+        No try begins unless it `may_try`.
         """
         if not self._decoding / 2 < decoding < self._decoding * 2:
             self._decoding = decoding
@@ -91,7 +93,7 @@ class MicroBatchChoice:
             self._went_up = goes_up
             return self._change(chosen, now_s)
         present_s = measured_at_s(now.micro_batches)
-        if now_s < self._no_try_before_s or present_s is None or present_s < self._changed_at_s:
+        if not may_try or now_s < self._no_try_before_s or present_s is None or present_s < self._changed_at_s:
             return now
         return self._start_try(decoding, now, now_s, predict, measured_at_s) or now
 

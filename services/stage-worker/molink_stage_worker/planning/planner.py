@@ -26,6 +26,8 @@ _THOUGHTS_A_TRY = 6
 _PROMPT_SHARE_OVER_S = 3.0
 _MOST_PROMPT_SHARE = 0.7
 _LEAST_PROMPT_SHARE = 0.01
+_PROMPTS_DISTURB = 0.1
+"""No count of micro-batches is tried while prompts take a larger share of a stage: they would be measured with it."""
 _CHUNKS_OF_A_LONG_PROMPT = 16
 _CHUNK_CHANGE = 1.4
 _CHUNK_REST_S = 3.0
@@ -277,6 +279,7 @@ class Planner:
             now_s=now_s,
             predict=corrected,
             measured_at_s=self._meter.measured_at_s,
+            may_try=max(machine.prompt_shares) < _PROMPTS_DISTURB,
         )
         self._meter.on_plan(
             self._cycle.micro_batches,
