@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from molink_stage_worker.planning.choice import MicroBatchChoice
 from molink_stage_worker.planning.cycle import Cycle
+from molink_stage_worker.planning.cycle_meter import CycleMeter
 
 DECODING = 8
 
@@ -98,3 +99,18 @@ def test_nothing_is_tried_while_prompts_would_be_measured_too() -> None:
     assert world.counts == [2]
     world.may_try = True
     assert world.run(5.0).counts == [2, 3, 2]
+
+
+def test_a_try_is_long_enough_for_cycles_to_be_measured_on_a_slow_pipeline() -> None:
+    """Two cycles to settle, one until the first step is back, ten to measure, and a plan only every quarter second."""
+    cycle_s = 0.8
+    meter = CycleMeter()
+    world = World({1: 1.2 * cycle_s, 2: cycle_s, 3: 1.1 * cycle_s}, measures=False)
+    while world.now_s < 60.0:
+        count = world.choice.choose(
+            decoding=DECODING, now_s=world.now_s, predict=world.predict, measured_at_s=meter.measured_at_s
+        ).micro_batches
+        meter.on_plan(count, DECODING, world.now_s, lambda count, _: world.predict(count).cycle_s)
+        meter.on_tokens(2, world.now_s)
+        world.now_s += 0.25
+    assert meter.measured_at_s(3) is not None

@@ -21,8 +21,8 @@ _REST_S = 1.0
 _REST_CYCLES = 3.0
 _LONGEST_REST_S = 30.0
 _TRY_S = 3.0
-_TRY_CYCLES = 12.0
-"""The longest that a try lasts: so long if no cycles were measured."""
+_TRY_CYCLES = 18.0
+"""The longest that a try lasts: so long if no cycles were measured. `CycleMeter` needs 12 cycles and one way round."""
 _MOST_LOSS, _MOST_LOSS_FAR = 0.3, 0.05
 """Of a try: the share by which its cycle may be predicted to be longer, with a count next to the present one or not."""
 _TRIES_SHARE = 0.03
