@@ -122,10 +122,10 @@ async def measure_cell(system: ServingSystem, cell: Cell, *, timing: Timing, cur
 
 async def _look(system: ServingSystem) -> _Snapshot:
     status = await system.status()
-    return _Snapshot(at_s=time.perf_counter(), status=status, processors_s=_processors_s())
+    return _Snapshot(at_s=time.perf_counter(), status=status, processors_s=processors_s())
 
 
-def _processors_s() -> tuple[float, float]:
+def processors_s() -> tuple[float, float]:
     """See proc(5): user nice system idle iowait irq softirq steal. Stolen time is no idle time."""
     fields = [float(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
     idle = fields[3] + fields[4]

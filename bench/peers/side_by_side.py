@@ -1,0 +1,131 @@
+"""MoLink and llama.cpp's RPC backend by turns: the same clients, prompts, links and minutes.
+
+    python -m bench.peers.side_by_side --link wan30 --concurrency 1,8,32          a table
+    python -m bench.peers.side_by_side --link wan30 --concurrency 1,8,32 --json   and one JSON object as the last line
+
+Both are up all the time, on the same two hosts of a laboratory (which needs root), with one thread a host. A run is a
+burst: so many streams at once, each with a prompt of its own, for the one and then for the other; who is first changes
+with each run. Whoever is not asked takes next to no processor time; how much is measured, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.link_grid.measuring import processors_s
+from bench.load import StreamResult
+from bench.netlab.serving import serving
+from bench.netlab.topology import two_hosts
+from bench.peers.bursts import Endpoint, decode, figures, line, stall, tokens_per_s, under_way_after_s
+from bench.peers.llama_cpp import LINKS
+from bench.peers.llama_cpp_build import LlamaCpp, ensure_llama_cpp
+from bench.peers.llama_cpp_server import Slots, llama_rpc
+from molink_common.errors import MolinkError
+
+MOLINK, LLAMA_CPP = "MoLink", "llama.cpp"
+_IDLE_S = 3.0
+
+
+async def main(arguments: argparse.Namespace, peer: LlamaCpp) -> dict[str, Any]:
+    slots = Slots(streams=max(arguments.concurrency), unified=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        async with (
+            serving(
+                two_hosts(LINKS[arguments.link]), folder / "molink", scheduler_flags=arguments.scheduler_flags.split()
+            ) as system,
+            llama_rpc(system.lab, near="a", far="b", peer=peer, folder=folder, slots=slots) as server,
+        ):
+            engines: dict[str, Endpoint] = {MOLINK: system, LLAMA_CPP: server}
+            busy_while_idle = await _idle_share()
+            first = _Prompts()
+            for concurrency in [4, *arguments.concurrency]:  # first touches, and what a planner has to learn
+                for engine in engines.values():
+                    await decode(engine, concurrency, 32, first.of(concurrency))
+            cases = [await _case(engines, concurrency, arguments, first) for concurrency in arguments.concurrency]
+    return {"link": arguments.link, "busy_while_idle": busy_while_idle, "cases": cases, "build": peer.options}
+
+
+class _Prompts:
+    """Numbers of prompts that nobody has had yet."""
+
+    def __init__(self) -> None:
+        self._next = 0
+
+    def of(self, concurrency: int) -> int:
+        """The first of so many."""
+        first = self._next
+        self._next += concurrency
+        return first
+
+
+async def _case(
+    engines: dict[str, Endpoint], concurrency: int, arguments: argparse.Namespace, prompts: _Prompts
+) -> dict[str, Any]:
+    """All runs of one concurrency, and then what a long prompt does to as many streams."""
+    runs: dict[str, list[list[StreamResult]]] = {name: [] for name in engines}
+    for run in range(arguments.runs):
+        first = prompts.of(concurrency)
+        for name in sorted(engines, reverse=run % 2 == 1):
+            runs[name].append(await decode(engines[name], concurrency, arguments.new_tokens, first))
+    pairs = zip(runs[MOLINK], runs[LLAMA_CPP], strict=True)
+    ratios = [tokens_per_s(ours) / tokens_per_s(theirs) for ours, theirs in pairs]
+    case: dict[str, Any] = {
+        "concurrency": concurrency,
+        "new_tokens": arguments.new_tokens,
+        "ratio": round(statistics.median(ratios), 2),
+        "ratio_min": round(min(ratios), 2),
+        "ratio_max": round(max(ratios), 2),
+    }
+    first = prompts.of(concurrency)
+    for name, engine in engines.items():
+        row = {"concurrency": concurrency, **figures(runs[name])}
+        if arguments.prompt_tokens:
+            delay_s = under_way_after_s(runs[name])
+            row["stall"] = await stall(engine, concurrency, arguments.prompt_tokens, delay_s, first)
+        case[name] = row
+        print(f"{name:10}{line(row)}", flush=True)
+    print(f"{'':10}{concurrency:4} concurrent  ratio {case['ratio']} ({case['ratio_min']} to {case['ratio_max']})")
+    return case
+
+
+async def _idle_share() -> float:
+    """The share of this machine's processors that is busy while nobody asks."""
+    busy_s, idle_s = processors_s()
+    await asyncio.sleep(_IDLE_S)
+    later_busy_s, later_idle_s = processors_s()
+    return round((later_busy_s - busy_s) / (later_busy_s - busy_s + later_idle_s - idle_s), 3)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.peers.side_by_side", description=__doc__)
+    parser.add_argument("--link", choices=[*LINKS], default="wan30")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    parser.add_argument("--concurrency", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8, 32])
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--prompt-tokens", type=int, default=1500, help="of the long prompt; 0 leaves it out")
+    parser.add_argument("--scheduler-flags", default="", help="of MoLink's scheduler, as \"--speculation lookup\"")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    given = parse(sys.argv[1:])
+    began = time.monotonic()
+    try:
+        found = ensure_llama_cpp()
+        report = asyncio.run(main(given, found))
+    except* (MolinkError, RuntimeError) as errors:
+        sys.exit(f"error: {errors.exceptions[0]}")
+    report["seconds"] = round(time.monotonic() - began, 1)
+    if given.json:
+        print(json.dumps(report))
