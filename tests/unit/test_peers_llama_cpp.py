@@ -1,12 +1,10 @@
-"""The pure parts of the comparison with llama.cpp: what is built, how it is started, what is read off its streams."""
+"""The pure parts of the comparison with llama.cpp: what is built, and how it is started."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-from bench.load import StreamResult
-from bench.peers.llama_cpp import long_prompt, longest_gap_s, tokens_per_s
 from bench.peers.llama_cpp_build import cmake_options, processor_options
 from bench.peers.llama_cpp_server import Slots, server_flags
 
@@ -64,33 +62,3 @@ def test_slots_apart_have_room_for_the_long_prompt_each() -> None:
     assert each % 256 == 0
     assert "--no-kv-unified" in flags
     assert flag(flags, "--batch-size") == "512"
-
-
-def test_the_longest_gap_is_that_around_the_prompt() -> None:
-    times = (0.0, 5.0, 5.1, 5.2, 9.2, 9.3, 20.0)
-    assert longest_gap_s(times, 5.15, 9.25) == pytest.approx(4.0)
-    # a gap that had begun when the prompt came counts whole; one that began after it was done does not
-    assert longest_gap_s(times, 4.0, 5.05) == pytest.approx(5.0)
-    assert longest_gap_s(times, 9.25, 9.28) == pytest.approx(0.1)
-
-
-def test_a_stream_that_had_ended_met_no_prompt() -> None:
-    assert longest_gap_s((0.0, 1.0), 1.0, 5.0) is None
-    assert longest_gap_s((6.0, 7.0), 1.0, 5.0) is None
-
-
-def stream(started_s: float, token_times_s: tuple[float, ...]) -> StreamResult:
-    return StreamResult(
-        status=200, started_s=started_s, token_times_s=token_times_s, text="",
-        completion_tokens=len(token_times_s), finish_reason="length",
-    )  # fmt: skip
-
-
-def test_the_rate_counts_from_the_first_request_to_the_last_token() -> None:
-    assert tokens_per_s([stream(1.0, (2.0, 3.0)), stream(0.0, (2.0, 5.0))]) == pytest.approx(4 / 5)
-
-
-def test_long_prompts_have_no_common_beginning() -> None:
-    prompts = [long_prompt(1500, number) for number in range(32)]
-    assert len({prompt[:3] for prompt in prompts}) == 32
-    assert all(len(prompt.split()) == 1501 for prompt in prompts)
