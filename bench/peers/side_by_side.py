@@ -8,8 +8,8 @@ streams at once, each with a prompt of its own, for the one and then for the oth
 Whoever is not asked takes next to no processor time; how much is measured, too. Progress goes to stderr.
 
 llama.cpp starts anew for each number of streams, with a slot for each and one more, and one pool of KV cells for all:
-it then does best. Slots keep the cells of what they computed last. With 33 slots in one pool eight streams got 67 tokens
-a second after other loads instead of 78, and with cells of their own 22: 353 ms a token, about eight ways round.
+it then does best. Slots keep the cells of what they computed last. With 33 slots in one pool eight streams got 67
+tokens a second after other loads instead of 78, and with cells of their own 22: 353 ms a token, about eight ways round.
 """
 
 from __future__ import annotations
