@@ -12,11 +12,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,9 +22,9 @@ from typing import Any
 from bench.netlab.lab import open_lab
 from bench.netlab.topology import LinkSpec, two_hosts
 from bench.peers.bursts import decode, figures, line, stall, under_way_after_s
-from bench.peers.llama_cpp_build import LlamaCpp, ensure_llama_cpp
+from bench.peers.command import parser_of_bursts, run
+from bench.peers.llama_cpp_build import LlamaCpp
 from bench.peers.llama_cpp_server import Lab, LlamaServer, Loopback, Slots, llama_rpc
-from molink_common.errors import MolinkError
 
 LINKS = {
     "lan": None,
@@ -80,26 +78,11 @@ async def main(arguments: argparse.Namespace, peer: LlamaCpp) -> dict[str, Any]:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.peers.llama_cpp", description=__doc__)
-    parser.add_argument("--link", choices=[LOOPBACK, *LINKS], default="wan30")
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
-    parser.add_argument("--concurrency", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8, 32])
-    parser.add_argument("--new-tokens", type=int, default=48)
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--prompt-tokens", type=int, default=1500, help="of the long prompt; 0 leaves it out")
+    parser = parser_of_bursts("llama_cpp", __doc__, [LOOPBACK, *LINKS], new_tokens=48, runs=3)
     parser.add_argument("--batch-tokens", type=int, default=None, help="most tokens of a batch (llama.cpp: 2048)")
     parser.add_argument("--unified", action="store_true", help="one pool of KV cells for all streams")
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    given = parse(sys.argv[1:])
-    began = time.monotonic()
-    try:
-        found = ensure_llama_cpp()
-        report = asyncio.run(main(given, found))
-    except* (MolinkError, RuntimeError) as errors:
-        sys.exit(f"error: {errors.exceptions[0]}")
-    report["seconds"] = round(time.monotonic() - began, 1)
-    if given.json:
-        print(json.dumps(report))
+    run(main, parse(sys.argv[1:]))

@@ -16,11 +16,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,10 +28,10 @@ from bench.load import StreamResult
 from bench.netlab.serving import serving
 from bench.netlab.topology import two_hosts
 from bench.peers.bursts import Endpoint, decode, figures, line, stall, tokens_per_s, under_way_after_s
+from bench.peers.command import parser_of_bursts, run
 from bench.peers.llama_cpp import LINKS
-from bench.peers.llama_cpp_build import LlamaCpp, ensure_llama_cpp
+from bench.peers.llama_cpp_build import LlamaCpp
 from bench.peers.llama_cpp_server import Slots, llama_rpc
-from molink_common.errors import MolinkError
 
 MOLINK, LLAMA_CPP = "MoLink", "llama.cpp"
 _IDLE_S = 3.0
@@ -77,10 +75,10 @@ async def _case(
     for engine in engines.values():  # first touches, and what a planner has to learn
         await decode(engine, concurrency, arguments.new_tokens, first)
     busy_while_idle = await _idle_share()
-    for run in range(arguments.runs):
-        _say(f"{concurrency} streams, run {run + 1} of {arguments.runs}")
+    for number in range(arguments.runs):
+        _say(f"{concurrency} streams, run {number + 1} of {arguments.runs}")
         first = prompts.of(concurrency)
-        for name in sorted(engines, reverse=run % 2 == 1):
+        for name in sorted(engines, reverse=number % 2 == 1):
             runs[name].append(await decode(engines[name], concurrency, arguments.new_tokens, first))
     case: dict[str, Any] = {
         "concurrency": concurrency,
@@ -123,25 +121,10 @@ async def _idle_share() -> float:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.peers.side_by_side", description=__doc__)
-    parser.add_argument("--link", choices=[*LINKS], default="wan30")
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
-    parser.add_argument("--concurrency", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8, 32])
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--prompt-tokens", type=int, default=1500, help="of the long prompt; 0 leaves it out")
+    parser = parser_of_bursts("side_by_side", __doc__, LINKS, new_tokens=64, runs=5)
     parser.add_argument("--scheduler-flags", default="", help='for MoLink, as "--speculation lookup"')
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    given = parse(sys.argv[1:])
-    began = time.monotonic()
-    try:
-        found = ensure_llama_cpp()
-        report = asyncio.run(main(given, found))
-    except* (MolinkError, RuntimeError) as errors:
-        sys.exit(f"error: {errors.exceptions[0]}")
-    report["seconds"] = round(time.monotonic() - began, 1)
-    if given.json:
-        print(json.dumps(report))
+    run(main, parse(sys.argv[1:]))
