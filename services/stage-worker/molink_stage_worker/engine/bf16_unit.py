@@ -1,7 +1,8 @@
 """What multiplies bfloat16 on this processor: AMX tiles, else dot products of pairs, else nothing that loops can use.
 
-Both have the same functions; which ones they are is settled when this module is loaded. Weights are read where oneDNN
+Both have the same functions; which ones they are is settled when this module is loaded. Tiles read weights where oneDNN
 has laid them out, so nothing is held twice. How it does that is its own business, so it is looked at for every matrix.
+Pairs read them in 12 bits each (`twelve_bits`), and then oneDNN has none.
 
 Shapes: T tokens, I inputs, O outputs. bfloat16 as the integers of their bits.
 """
@@ -9,6 +10,7 @@ Shapes: T tokens, I inputs, O outputs. bfloat16 as the integers of their bits.
 from __future__ import annotations
 
 import ctypes
+import sys
 from functools import cache
 from typing import Any
 
@@ -16,21 +18,21 @@ import numpy as np
 import torch
 from numba import float32, int64, uint8, uint16
 
-from molink_stage_worker.engine import amx_attention, amx_products, amx_tiles, dot_products
+from molink_stage_worker.engine import amx_attention, amx_products, amx_tiles, dot_products, twelve_bits
 from molink_stage_worker.engine.compiling import jit
 from molink_stage_worker.engine.processor import has_pairs, has_tiles
 from molink_stage_worker.engine.product_ends import Then
 from molink_stage_worker.engine.team import PHASE, team_of
 
-MOST_ROWS = 256
-"""More than that oneDNN computes as fast, or faster: 512 take it 126 ms on tiles where the loops here need 163."""
 ROWS = amx_tiles.ROWS
 """Queries that attention takes at a time."""
 DEPTH = amx_tiles.DEPTH
 """What inputs, and the numbers of a head, come in."""
 
 _HAS_TILES = has_tiles()
-BLOCK = amx_tiles.BLOCK if _HAS_TILES else dot_products.BLOCK
+MOST_ROWS = 256 if _HAS_TILES else sys.maxsize
+"""More than that oneDNN computes faster on tiles: 512 take it 126 ms where the loops here need 163. Pairs are never slower."""
+BLOCK = amx_tiles.BLOCK if _HAS_TILES else twelve_bits.BLOCK
 """Outputs that lie side by side."""
 
 
@@ -44,7 +46,7 @@ def _release_nothing() -> None:
     pass
 
 
-MOST_THREADS = 1 if _HAS_TILES else 256
+MOST_THREADS = 1 if _HAS_TILES else sys.maxsize
 """That share the work of a call. Tiles are so fast that one thread takes all that memory gives; more were not tried."""
 multiply = amx_products.multiply if _HAS_TILES else dot_products.multiply
 multiply_gate_and_up = amx_products.multiply_gate_and_up if _HAS_TILES else dot_products.multiply_gate_and_up
@@ -80,29 +82,39 @@ def is_ready() -> bool:
     return True
 
 
-def product(x_TI: torch.Tensor, weights: Any, bias_O: Any, out_TO: torch.Tensor) -> None:
-    """``x W^T + bias`` into `out_TO`, for 1 to `MOST_ROWS` tokens, where `may_share` allows it.
+def product(
+    x_TI: torch.Tensor, weights: Any, bias_O: Any, out_TO: torch.Tensor,
+    then: Then = Then.NOTHING, other_TO: torch.Tensor | None = None,
+) -> None:  # fmt: skip
+    """``x W^T + bias``, then what `then` says with `other_TO`, into `out_TO`, for 1 to `MOST_ROWS` tokens.
 
-    Tensors lie row after row, without gaps.
-
-    `weights` are those of `memory_of`; an empty bias, in float32, is none.
+    Only where `may_share` allows it. Tensors lie row after row, without gaps. `weights` are those of `laid_out` or of
+    `memory_of`; an empty bias, in float32, is none.
     """
     tokens, inputs = x_TI.shape
-    x, out = (tensor.view(torch.uint16).numpy().reshape(-1) for tensor in (x_TI, out_TO))
+    other_TO = out_TO if other_TO is None else other_TO
+    x, other, out = (tensor.view(torch.uint16).numpy().reshape(-1) for tensor in (x_TI, other_TO, out_TO))
     configuration = amx_tiles.configuration(min(tokens, ROWS))
     team_of(torch.get_num_threads()).run(
-        multiply, 1, configuration, x, weights, bias_O, int(Then.NOTHING), out, out, tokens, inputs, out_TO.shape[1],
+        multiply, 1, configuration, x, weights, bias_O, int(then), other, out, tokens, inputs, out_TO.shape[1],
         owner=weights,
     )  # fmt: skip
 
 
+def laid_out(weight_OI: torch.Tensor) -> Any:
+    """The numbers of a bfloat16 matrix as the loops read them; None where they want oneDNN's, or cannot read it."""
+    return None if _HAS_TILES or not is_ready() else twelve_bits.pack(weight_OI)
+
+
 def memory_of(packed: torch.Tensor, weight_OI: torch.Tensor) -> Any:
-    """The numbers of a matrix that oneDNN has packed; None unless they lie as `in_blocks` has them.
+    """The numbers of a matrix that oneDNN has packed; None unless tiles can read them, lying as `in_blocks` has them.
 
     The first and the last block are looked at.
     """
     outputs, inputs = weight_OI.shape
-    if outputs % BLOCK or inputs % DEPTH or torch.ops.mkldnn._nbytes(packed) != 2 * weight_OI.numel():
+    if not (_HAS_TILES and is_ready()) or outputs % BLOCK or inputs % DEPTH:
+        return None
+    if torch.ops.mkldnn._nbytes(packed) != 2 * weight_OI.numel():
         return None
     address = torch.ops.mkldnn.data_ptr(packed)
     numbers = np.ctypeslib.as_array((ctypes.c_uint16 * weight_OI.numel()).from_address(address))
@@ -112,7 +124,7 @@ def memory_of(packed: torch.Tensor, weight_OI: torch.Tensor) -> Any:
 
 
 def in_blocks(weight_OI: torch.Tensor) -> torch.Tensor:
-    """Weights as the loops read them: all inputs of a block of outputs, then of the next block.
+    """Weights as tiles read them: all inputs of a block of outputs, then of the next block.
 
     Within a block two inputs of an output are neighbours, as the instructions want them.
     """

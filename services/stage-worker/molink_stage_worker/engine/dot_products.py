@@ -18,18 +18,16 @@ from molink_stage_worker.engine.dots import (
     MOST_ROWS,
     VECTOR_BYTES,
     dots_1,
-    dots_4,
     dots_4_apart,
+    dots_of_block,
     more_dots_2,
     more_dots_4,
 )
 from molink_stage_worker.engine.product_ends import Then, finish
 from molink_stage_worker.engine.team import claim, done, size_of_team, wait
+from molink_stage_worker.engine.twelve_bits import BLOCK, HEAD, PAIR
 from molink_stage_worker.engine.vectors import LANES
 
-BLOCK = 64
-"""Outputs that oneDNN lays side by side: four vectors."""
-_PAIR_NUMBERS = 2 * BLOCK
 _AHEAD = 256
 """How many numbers before their turn weights are fetched, where each is read once. More makes a few rows slower."""
 _ITEMS_EACH = 4
@@ -46,8 +44,8 @@ def _multiply_blocks(
     """Blocks of outputs, each for all tokens, some at a time; meanwhile the next block is fetched, by equal parts."""
     turns = (num_tokens + MOST_ROWS - 1) // MOST_ROWS
     pairs = num_inputs // 2
-    block_numbers = pairs * _PAIR_NUMBERS
-    part = (pairs + turns - 1) // turns * _PAIR_NUMBERS
+    block_numbers = HEAD + pairs * PAIR
+    part = (pairs + turns - 1) // turns * PAIR
     for block in range(first_block, end_block):
         at, column = block * block_numbers, block * BLOCK
         first = 0
@@ -55,8 +53,8 @@ def _multiply_blocks(
             rows = (num_tokens - first) // (turns - turn)
             # weights that are read only once are fetched just before their turn
             fetch_at = at + _AHEAD if turns == 1 else at + block_numbers + turn * part
-            dots_4(rows, x, first * num_inputs, num_inputs, weights, at, 2 * _PAIR_NUMBERS, pairs,
-                   weights, fetch_at, turns, sums, 0, BLOCK)  # fmt: skip
+            dots_of_block(rows, x, first * num_inputs, num_inputs, weights, at, 2 * PAIR, pairs,
+                          weights, fetch_at, turns, sums, 0, BLOCK)  # fmt: skip
             for row in range(rows):
                 for vector in range(0, BLOCK, LANES):
                     to = (first + row) * num_outputs + column + vector

@@ -3,7 +3,8 @@
 One instruction, VDPBF16PS, adds to each of 16 sums in float32 the products of two activations with two weights
 (Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2). A *vector* is 16 pairs of weights side by
 side, 64 bytes; the same two activations meet all of them. What is written down here keeps all sums of up to six rows
-in registers from the first pair to the last.
+in registers from the first pair to the last. Weights of a matrix lie in 12 bits each (`twelve_bits`); keys and values of
+attention lie as they are.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from numba import int64, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from molink_stage_worker.engine import twelve_bits
 from molink_stage_worker.engine.compiling import prefetch_at
 from molink_stage_worker.engine.vectors import LANES, address_in
 
@@ -26,13 +28,14 @@ _PAIRS = ir.VectorType(ir.IntType(32), LANES)
 _PLACE = ir.IntType(64)
 
 
-def _dots(num_vectors: int, *, goes_on: bool = False, are_apart: bool = False) -> Any:
+def _dots(num_vectors: int, *, goes_on: bool = False, are_apart: bool = False, in_twelve_bits: bool = False) -> Any:
     """An intrinsic: sums of 1 to 6 rows of activations with so many vectors of weights, over all `pairs`.
 
     Vectors of weights lie side by side, those of the next pair `pairs_apart` bytes further; rows of activations lie
     `x_apart` numbers apart, rows of sums `sums_apart`. Sums that go on begin with what is there. As many cache lines as
     there are vectors are fetched every `fetch_every` pairs, from number `fetch_at` of the array `far` on. Where vectors
-    are apart, `weights_at` and `fetch_at` are tuples, a place for each.
+    are apart, `weights_at` and `fetch_at` are tuples, a place for each. In 12 bits, `weights_at` is the place of a block of
+    `twelve_bits`, which knows how far pairs are apart and how many lines they are.
     """
 
     @intrinsic
@@ -44,7 +47,9 @@ def _dots(num_vectors: int, *, goes_on: bool = False, are_apart: bool = False) -
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             for count in range(1, MOST_ROWS + 1):
                 with builder.if_then(builder.icmp_signed("==", arguments[0], _PLACE(count))):
-                    _of_rows(count, num_vectors, goes_on, context, builder, signature.args[1:], arguments[1:])
+                    _of_rows(
+                        count, num_vectors, goes_on, in_twelve_bits, context, builder, signature.args[1:], arguments[1:]
+                    )
             return context.get_dummy_value()
 
         at = types.UniTuple(int64, num_vectors) if are_apart else int64
@@ -55,8 +60,9 @@ def _dots(num_vectors: int, *, goes_on: bool = False, are_apart: bool = False) -
 
 
 def _of_rows(
-    num_rows: int, num_vectors: int, goes_on: bool, context: Any, builder: Any, kinds: Any, arguments: Any
-) -> None:
+    num_rows: int, num_vectors: int, goes_on: bool, in_twelve_bits: bool,
+    context: Any, builder: Any, kinds: Any, arguments: Any,
+) -> None:  # fmt: skip
     """Write the sums of that many rows down; `arguments`, of `kinds`, are those of the intrinsic."""
     (x, x_at, x_apart, weights, weights_at, pairs_apart, pairs, far, fetch_at, fetch_every,
      sums, sums_at, sums_apart) = arguments  # fmt: skip
@@ -69,14 +75,27 @@ def _of_rows(
 
     rows = [row_at(x_kind, x, x_at, x_apart, row) for row in range(num_rows)]
 
-    def vectors_at(kind: Any, array: Any, at: Any) -> list[Any]:
+    def lines_at(kind: Any, array: Any, at: Any, num_lines: int) -> list[Any]:
         if isinstance(at.type, ir.ArrayType):
             return [address_in(context, builder, kind, array, one) for one in cgutils.unpack_tuple(builder, at)]
         begin = address_in(context, builder, kind, array, at)
-        return [builder.gep(begin, [_PLACE(VECTOR_BYTES * vector)]) for vector in range(num_vectors)]
+        return [builder.gep(begin, [_PLACE(VECTOR_BYTES * line)]) for line in range(num_lines)]
 
-    firsts, fars = vectors_at(weights_kind, weights, weights_at), vectors_at(far_kind, far, fetch_at)
-    line_bytes = VECTOR_BYTES * (1 if isinstance(fetch_at.type, ir.ArrayType) else num_vectors)
+    fars = lines_at(far_kind, far, fetch_at, twelve_bits.LINES if in_twelve_bits else num_vectors)
+    line_bytes = VECTOR_BYTES * (1 if isinstance(fetch_at.type, ir.ArrayType) else len(fars))
+    reader = None
+    if in_twelve_bits:
+        reader = twelve_bits.Reader(builder, address_in(context, builder, weights_kind, weights, weights_at))
+        read = reader.vectors_at
+    else:
+        firsts = lines_at(weights_kind, weights, weights_at, num_vectors)
+
+        def read(pair: Any) -> list[Any]:
+            at = builder.mul(pair, pairs_apart)
+            return [
+                builder.load(builder.bitcast(builder.gep(first, [at]), _PAIRS.as_pointer()), align=4) for first in firsts
+            ]
+
     sums_of = [row_at(sums_kind, sums, sums_at, sums_apart, row) for row in range(num_rows)]
 
     def vector_of(row: int, vector: int) -> Any:
@@ -99,10 +118,7 @@ def _of_rows(
             builder.store(builder.add(line, _PLACE(line_bytes)), fetched)
             builder.store(fetch_every, wait)
         builder.store(builder.sub(builder.load(wait), _PLACE(1)), wait)
-        at = builder.mul(loop.index, pairs_apart)
-        vectors = [
-            builder.load(builder.bitcast(builder.gep(first, [at]), _PAIRS.as_pointer()), align=4) for first in firsts
-        ]
+        vectors = read(loop.index)
         for row, kept_V in zip(rows, kept, strict=True):
             pair = builder.gep(row, [builder.mul(loop.index, _PLACE(4))])
             pair = builder.load(builder.bitcast(pair, ir.IntType(32).as_pointer()), align=2)
@@ -113,9 +129,11 @@ def _of_rows(
     for row, kept_V in enumerate(kept):
         for vector, sum_ in enumerate(kept_V):
             builder.store(builder.load(sum_), vector_of(row, vector), align=4)
+    if reader is not None:
+        reader.add_left_out(rows, sums_of)
 
 
-dots_4 = _dots(4)
+dots_of_block = _dots(4, in_twelve_bits=True)
 dots_1 = _dots(1)
 dots_4_apart = _dots(4, are_apart=True)
 more_dots_4 = _dots(4, goes_on=True)

@@ -3,7 +3,7 @@
 oneDNN's matrix kernels want the weights in blocks of their own. Given a plain matrix they rearrange it at every
 call, which for a few tokens costs as much as the product itself; so on a CPU the weights are rearranged once
 and the plain ones dropped. It also folds what follows into the product: the activation, the factor, the
-residual, each rounded once instead of twice.
+residual, each rounded once instead of twice. Where loops of our own multiply bfloat16 pair by pair, they take its place.
 
 Shapes: T tokens, I inputs, O outputs.
 """
@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
-from molink_stage_worker.engine.bf16_unit import MOST_ROWS, is_ready, may_share, memory_of, product
+from molink_stage_worker.engine.bf16_unit import MOST_ROWS, laid_out, may_share, memory_of, product
+from molink_stage_worker.engine.product_ends import Then
 
 _NO_BIAS = np.empty(0, np.float32)
 _BATCH_HINT = 16
@@ -68,21 +69,65 @@ class PlainProjection(nn.Module):
 
 
 class PackedProjection(nn.Module):
+    """Its weights lie in a way that only its own kind of product reads: neither a parameter nor a buffer."""
+
+    packed_bytes: int
+    num_outputs: int
+    bias: Any
+    """In float32; empty if there is none."""
+    in_blocks: Any
+    """The weights for the loops of `bf16_unit`; None where those cannot be used."""
+
+    def __init__(self, num_outputs: int, bias_O: torch.Tensor | None) -> None:
+        super().__init__()
+        self.num_outputs = num_outputs
+        self.bias = _NO_BIAS if bias_O is None else bias_O.detach().float().numpy().copy()
+
+    def _in_loops(self, x_TI: torch.Tensor, then: Then = Then.NOTHING, other_TO: Any = None) -> torch.Tensor:
+        """A product and what follows, by `in_blocks`; any leading shape."""
+        shape, rows = x_TI.shape[:-1], x_TI.numel() // x_TI.shape[-1]
+        out_TO = x_TI.new_empty(rows, self.num_outputs)
+        if rows:
+            product(x_TI.reshape(rows, -1).contiguous(), self.in_blocks, self.bias, out_TO, then, other_TO)
+        return out_TO.view(*shape, self.num_outputs)
+
+
+class LoopProjection(PackedProjection):
+    """bfloat16 on a CPU with dot products of pairs. Input may have any leading shape."""
+
+    def __init__(self, numbers: Any, num_outputs: int, bias_O: torch.Tensor | None) -> None:
+        """`numbers` are those of `bf16_unit.laid_out`."""
+        super().__init__(num_outputs, bias_O)
+        self.in_blocks = numbers
+        self.packed_bytes = numbers.nbytes
+
+    def forward(self, x_TI: torch.Tensor) -> torch.Tensor:
+        """See `Projection.__call__`."""
+        return self._in_loops(x_TI)
+
+    def with_silu(self, x_TI: torch.Tensor) -> torch.Tensor:
+        """See `Projection.with_silu`."""
+        return self._in_loops(x_TI, Then.SILU)
+
+    def times(self, x_TI: torch.Tensor, factor_TO: torch.Tensor) -> torch.Tensor:
+        """See `Projection.times`."""
+        return self._in_loops(x_TI, Then.TIMES, factor_TO.contiguous())
+
+    def plus(self, x_TI: torch.Tensor, residual_TO: torch.Tensor) -> torch.Tensor:
+        """See `Projection.plus`."""
+        return self._in_loops(x_TI, Then.PLUS, residual_TO.contiguous())
+
+
+class OneDnnProjection(PackedProjection):
     """On a CPU with oneDNN: float32, and bfloat16 where the CPU computes it. Input may have any leading shape."""
 
     def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
-        super().__init__()
-        self.num_outputs = weight_OI.shape[0]
-        self.packed_bytes: int = weight_OI.numel() * weight_OI.element_size()
-        # an opaque tensor: neither a parameter nor a buffer, which would have to be plain memory
+        super().__init__(weight_OI.shape[0], bias_O)
+        self.packed_bytes = weight_OI.numel() * weight_OI.element_size()
         with _one_thread():
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach(), _BATCH_HINT)
         self._bias = None if bias_O is None else bias_O.detach().clone()
-        self.bias = _NO_BIAS if bias_O is None else bias_O.detach().float().numpy().copy()
-        """In float32; empty if there is none."""
-        is_for_loops = weight_OI.dtype is torch.bfloat16 and is_ready()
-        self.in_blocks = memory_of(self._packed, weight_OI) if is_for_loops else None
-        """The packed weights for the loops of `bf16_unit`; None where they cannot be used."""
+        self.in_blocks = memory_of(self._packed, weight_OI) if weight_OI.dtype is torch.bfloat16 else None
         self._run = torch.ops.mkldnn._linear_pointwise.default
         self._run_binary = torch.ops.mkldnn._linear_pointwise.binary
 
@@ -90,9 +135,7 @@ class PackedProjection(nn.Module):
         """See `Projection.__call__`."""
         rows = x_TI.numel() // x_TI.shape[-1]
         if self.in_blocks is not None and 0 < rows <= MOST_ROWS and may_share():
-            out_TO = x_TI.new_empty(rows, self.num_outputs)
-            product(x_TI.reshape(rows, -1).contiguous(), self.in_blocks, self.bias, out_TO)
-            return out_TO.view(*x_TI.shape[:-1], self.num_outputs)
+            return self._in_loops(x_TI)
         return self._run(x_TI, self._packed, self._bias, "none", [], "")  # type: ignore[no-any-return]
 
     def with_silu(self, x_TI: torch.Tensor) -> torch.Tensor:
@@ -134,5 +177,8 @@ def project(*linears: nn.Linear) -> PlainProjection | PackedProjection:
     bias = None
     if linears[0].bias is not None:
         bias = torch.cat([linear.bias for linear in linears])
-    kind = PackedProjection if can_pack(weight.dtype, weight.device) else PlainProjection
-    return kind(weight.detach(), None if bias is None else bias.detach())
+    weight, bias = weight.detach(), None if bias is None else bias.detach()
+    if not can_pack(weight.dtype, weight.device):
+        return PlainProjection(weight, bias)
+    numbers = laid_out(weight) if weight.dtype is torch.bfloat16 else None
+    return OneDnnProjection(weight, bias) if numbers is None else LoopProjection(numbers, len(weight), bias)
