@@ -19,7 +19,7 @@ from molink_stage_worker.engine.kv_store import KvStore
 from molink_stage_worker.engine.layer_stack import LayerStack
 from molink_stage_worker.engine.lean_model import make_lean
 from molink_stage_worker.engine.product_ends import Then
-from molink_stage_worker.engine.projections import PackedProjection
+from molink_stage_worker.engine.projections import OneDnnProjection, PackedProjection, projection_of
 from molink_stage_worker.engine.step_plan import StepPlan
 
 needs_unit = pytest.mark.skipif(not bf16_unit.is_here(), reason="this processor has nothing for bfloat16")
@@ -30,10 +30,11 @@ def bits(tensor: torch.Tensor) -> Any:
     return tensor.contiguous().view(torch.uint16).numpy().reshape(-1)
 
 
-def packed(weight_OI: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    """oneDNN's tensor, which owns the memory, and its numbers."""
-    tensor = torch.ops.mkldnn._reorder_linear_weight(weight_OI, 16)
-    return tensor, bf16_unit.memory_of(tensor, weight_OI)
+def packed(weight_OI: torch.Tensor) -> PackedProjection:
+    """A product by weights that the loops read."""
+    projection = projection_of(weight_OI, None)
+    assert isinstance(projection, PackedProjection)
+    return projection
 
 
 @needs_unit
@@ -46,10 +47,10 @@ def test_a_product_and_what_follows(rows: int, outputs: int, inputs: int, with_b
     weight, x = torch.randn(outputs, inputs).bfloat16(), torch.randn(rows, inputs).bfloat16()
     other, out = torch.randn(rows, outputs).bfloat16(), torch.full((rows, outputs), torch.nan).bfloat16()
     bias = torch.randn(outputs) if with_bias else None
-    _owner, numbers = packed(weight)
+    projection = packed(weight)
     multiply(
-        (np.zeros(16, np.int64), 1, 0), bf16_unit.configurations()[min(rows, bf16_unit.ROWS)], bits(x), numbers,
-        NO_BIAS if bias is None else bias.numpy(), int(then), bits(other), (written := bits(out)),
+        (np.zeros(16, np.int64), 1, 0), bf16_unit.configurations()[min(rows, bf16_unit.ROWS)], bits(x),
+        projection.in_blocks, NO_BIAS if bias is None else bias.numpy(), int(then), bits(other), (written := bits(out)),
         rows, inputs, outputs,
     )  # fmt: skip
     exact = linear(x.double(), weight.double(), None if bias is None else bias.double())
@@ -65,7 +66,7 @@ def test_a_product_and_what_follows(rows: int, outputs: int, inputs: int, with_b
 @needs_unit
 def test_a_token_does_not_depend_on_who_is_in_the_step() -> None:
     torch.manual_seed(1)
-    projection = PackedProjection(torch.randn(3 * BLOCK, 64).bfloat16(), None)
+    projection = packed(torch.randn(3 * BLOCK, 64).bfloat16())
     x = torch.randn(70, 64).bfloat16()
     together = projection(x)
     assert all(torch.equal(together[t], projection(x[t : t + 1])[0]) for t in range(70))
@@ -76,25 +77,28 @@ def test_a_token_does_not_depend_on_who_is_in_the_step() -> None:
 def test_nan_stays_nan_and_infinity_infinity() -> None:
     x = torch.ones(2, 32).bfloat16()
     x[0, 3], x[1, 5] = torch.nan, torch.inf
-    found = PackedProjection(torch.ones(BLOCK, 32).bfloat16(), None)(x)
+    found = packed(torch.ones(BLOCK, 32).bfloat16())(x)
     assert found[0].isnan().all()
     assert found[1].isinf().all()
 
 
 @needs_unit
-@pytest.mark.parametrize("shape", [(BLOCK + 8, 32), (BLOCK, 40), (BLOCK + 1, 32)])
+@pytest.mark.parametrize("shape", [(BLOCK + 8, 32), (BLOCK, 33), (BLOCK + 1, 32)])
 def test_other_shapes_are_left_to_onednn(shape: tuple[int, int]) -> None:
     weight = torch.randn(shape).bfloat16()
-    projection = PackedProjection(weight, None)
+    projection = packed(weight)
+    assert isinstance(projection, OneDnnProjection)
     assert projection.in_blocks is None
     x = torch.randn(3, shape[1]).bfloat16()
     torch.testing.assert_close(projection(x), linear(x, weight), rtol=2e-2, atol=2e-2)
 
 
 @needs_unit
-def test_weights_that_lie_otherwise_are_left_to_onednn() -> None:
+def test_tiles_leave_weights_that_lie_otherwise_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bf16_unit, "_HAS_TILES", True)  # where there are none, oneDNN lays them out in the same way
     weight = torch.randn(64, 64).bfloat16()
-    tensor, _numbers = packed(weight)
+    tensor = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
+    assert bf16_unit.memory_of(tensor, weight) is not None
     assert bf16_unit.memory_of(tensor, weight.flip(0)) is None
 
 

@@ -10,22 +10,22 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from molink_stage_worker.engine.lean_layers import LeanLayer
 from molink_stage_worker.engine.lean_model import make_lean
-from molink_stage_worker.engine.projections import PackedProjection, PlainProjection, can_pack, project
+from molink_stage_worker.engine.projections import OneDnnProjection, PlainProjection, can_pack, project
 
 CPU = torch.device("cpu")
 TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
 
 
-def kinds() -> list[tuple[type[PlainProjection] | type[PackedProjection], torch.dtype]]:
+def kinds() -> list[tuple[type[PlainProjection] | type[OneDnnProjection], torch.dtype]]:
     packed = [dtype for dtype in (torch.float32, torch.bfloat16) if can_pack(dtype, CPU)]
-    return [(PlainProjection, torch.float32), *((PackedProjection, dtype) for dtype in packed)]
+    return [(PlainProjection, torch.float32), *((OneDnnProjection, dtype) for dtype in packed)]
 
 
 @pytest.mark.parametrize(("kind", "dtype"), kinds())
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 3, 40])
 def test_every_form_of_a_product(
-    kind: type[PlainProjection] | type[PackedProjection], dtype: torch.dtype, with_bias: bool, rows: int
+    kind: type[PlainProjection] | type[OneDnnProjection], dtype: torch.dtype, with_bias: bool, rows: int
 ) -> None:
     torch.manual_seed(rows)
     weight, bias = torch.randn(24, 16, dtype=dtype), torch.randn(24, dtype=dtype) if with_bias else None

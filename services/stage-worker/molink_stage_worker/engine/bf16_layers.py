@@ -80,6 +80,7 @@ _floats_at = _pointing_to(float32, ir.FloatType())
 
 @jit
 def _numbers(address: Any, count: Any) -> Any:
+    """`count` at an address. Of weights, which may lie in 12 bits, it is the most that there are."""
     return numba.carray(_numbers_at(address), (count,))
 
 

@@ -31,7 +31,7 @@ DEPTH = amx_tiles.DEPTH
 
 _HAS_TILES = has_tiles()
 MOST_ROWS = 256 if _HAS_TILES else sys.maxsize
-"""More than that oneDNN computes faster on tiles: 512 take it 126 ms where the loops here need 163. Pairs are never slower."""
+"""More than that oneDNN computes faster on tiles: 512 take it 126 ms where the loops here need 163."""
 BLOCK = amx_tiles.BLOCK if _HAS_TILES else twelve_bits.BLOCK
 """Outputs that lie side by side."""
 

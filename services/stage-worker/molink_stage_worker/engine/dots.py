@@ -3,8 +3,8 @@
 One instruction, VDPBF16PS, adds to each of 16 sums in float32 the products of two activations with two weights
 (Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2). A *vector* is 16 pairs of weights side by
 side, 64 bytes; the same two activations meet all of them. What is written down here keeps all sums of up to six rows
-in registers from the first pair to the last. Weights of a matrix lie in 12 bits each (`twelve_bits`); keys and values of
-attention lie as they are.
+in registers from the first pair to the last. The weights of a matrix lie in 12 bits each (`twelve_bits`); keys and
+values of attention lie as they are.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def _dots(num_vectors: int, *, goes_on: bool = False, are_apart: bool = False, i
     Vectors of weights lie side by side, those of the next pair `pairs_apart` bytes further; rows of activations lie
     `x_apart` numbers apart, rows of sums `sums_apart`. Sums that go on begin with what is there. As many cache lines as
     there are vectors are fetched every `fetch_every` pairs, from number `fetch_at` of the array `far` on. Where vectors
-    are apart, `weights_at` and `fetch_at` are tuples, a place for each. In 12 bits, `weights_at` is the place of a block of
-    `twelve_bits`, which knows how far pairs are apart and how many lines they are.
+    are apart, `weights_at` and `fetch_at` are tuples, a place for each. In 12 bits, `weights_at` is the place of a
+    block of `twelve_bits`, which knows how far pairs are apart and how many lines they are.
     """
 
     @intrinsic
@@ -92,9 +92,8 @@ def _of_rows(
 
         def read(pair: Any) -> list[Any]:
             at = builder.mul(pair, pairs_apart)
-            return [
-                builder.load(builder.bitcast(builder.gep(first, [at]), _PAIRS.as_pointer()), align=4) for first in firsts
-            ]
+            there = [builder.bitcast(builder.gep(first, [at]), _PAIRS.as_pointer()) for first in firsts]
+            return [builder.load(vector, align=4) for vector in there]
 
     sums_of = [row_at(sums_kind, sums, sums_at, sums_apart, row) for row in range(num_rows)]
 

@@ -64,3 +64,12 @@ def exponential(builder: Any, x: Any) -> Any:
         value = call(builder, "fmuladd", value, f, constant(floats, factor))
     exponent = builder.shl(builder.add(whole, constant(words, 127)), constant(words, 23))
     return builder.fmul(value, builder.bitcast(exponent, floats))
+
+
+def silu(builder: Any, x: Any) -> Any:
+    """``x / (1 + e**-x)``."""
+    one, zero = constant(x.type, 1.0), constant(x.type, 0.0)
+    power = exponential(builder, builder.fneg(call(builder, "fabs", x)))
+    share = builder.fdiv(one, builder.fadd(one, power))
+    share = builder.select(builder.fcmp_ordered(">=", x, zero), share, builder.fmul(power, share))
+    return builder.fmul(x, share)

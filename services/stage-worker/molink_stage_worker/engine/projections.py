@@ -3,7 +3,8 @@
 oneDNN's matrix kernels want the weights in blocks of their own. Given a plain matrix they rearrange it at every
 call, which for a few tokens costs as much as the product itself; so on a CPU the weights are rearranged once
 and the plain ones dropped. It also folds what follows into the product: the activation, the factor, the
-residual, each rounded once instead of twice. Where loops of our own multiply bfloat16 pair by pair, they take its place.
+residual, each rounded once instead of twice. Where the processor multiplies bfloat16 pair by pair, loops of our
+own take its place.
 
 Shapes: T tokens, I inputs, O outputs.
 """
@@ -177,8 +178,14 @@ def project(*linears: nn.Linear) -> PlainProjection | PackedProjection:
     bias = None
     if linears[0].bias is not None:
         bias = torch.cat([linear.bias for linear in linears])
-    weight, bias = weight.detach(), None if bias is None else bias.detach()
-    if not can_pack(weight.dtype, weight.device):
-        return PlainProjection(weight, bias)
-    numbers = laid_out(weight) if weight.dtype is torch.bfloat16 else None
-    return OneDnnProjection(weight, bias) if numbers is None else LoopProjection(numbers, len(weight), bias)
+    return projection_of(weight.detach(), None if bias is None else bias.detach())
+
+
+def projection_of(weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> PlainProjection | PackedProjection:
+    """The best kind for where the weights are."""
+    if not can_pack(weight_OI.dtype, weight_OI.device):
+        return PlainProjection(weight_OI, bias_O)
+    numbers = laid_out(weight_OI) if weight_OI.dtype is torch.bfloat16 else None
+    if numbers is None:
+        return OneDnnProjection(weight_OI, bias_O)
+    return LoopProjection(numbers, len(weight_OI), bias_O)

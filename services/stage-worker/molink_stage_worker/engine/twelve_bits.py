@@ -28,8 +28,8 @@ from molink_stage_worker.engine.instructions import call, widened
 BLOCK = 64
 """Outputs."""
 HEAD = 32
-"""Numbers of a block's head, a cache line: 16 upper bytes; how many weights are left out, and how far behind the head the
-first of them is (in numbers of 16 bits), each in 64 bits."""
+"""Numbers of a block's head, a cache line: 16 upper bytes; then in 64 bits each, how many weights are left out, and how
+many numbers behind the head's beginning the first of them is."""
 PAIR = 96
 """Numbers of two inputs of a block: three cache lines."""
 LINES = 3
@@ -66,7 +66,7 @@ def pack(weight_OI: torch.Tensor) -> Any:
 @jit
 def _look(bits_OI: Any, uppers_BU: Any, counts_B: Any) -> None:
     """The upper bytes that each block has a number for, 0 first and the most frequent next, and how many are left."""
-    outputs, inputs = bits_OI.shape
+    inputs = bits_OI.shape[1]
     for block in range(len(uppers_BU)):
         often = np.zeros(256, np.int64)
         for output in range(block * BLOCK, (block + 1) * BLOCK):
@@ -149,7 +149,9 @@ class Reader:
         with cgutils.for_range(builder, count) as loop:
             one = builder.gep(first, [builder.mul(loop.index, _PLACE(2 * LEFT_OUT))])
             i, output, weight = (self._load(one, 2 * part, _NUMBER) for part in range(LEFT_OUT))
-            x_at, sum_at = (builder.mul(builder.zext(index, _PLACE), _PLACE(size)) for index, size in ((i, 2), (output, 4)))
+            x_at, sum_at = (
+                builder.mul(builder.zext(index, _PLACE), _PLACE(size)) for index, size in ((i, 2), (output, 4))
+            )
             for row, sums_of_row in zip(rows, sums, strict=True):
                 x = self._load(builder.gep(row, [x_at]), 0, _NUMBER)
                 there = builder.bitcast(builder.gep(sums_of_row, [sum_at]), ir.FloatType().as_pointer())
