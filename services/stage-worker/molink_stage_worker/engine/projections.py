@@ -172,7 +172,7 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.float32
 
 
-def project(*linears: nn.Linear) -> PlainProjection | PackedProjection:
+def project(*linears: nn.Linear) -> PlainProjection | OneDnnProjection | LoopProjection:
     """One projection whose outputs are those of `linears`, one after the other. The best kind for their place."""
     weight = linears[0].weight if len(linears) == 1 else torch.cat([linear.weight for linear in linears])
     bias = None
@@ -181,7 +181,9 @@ def project(*linears: nn.Linear) -> PlainProjection | PackedProjection:
     return projection_of(weight.detach(), None if bias is None else bias.detach())
 
 
-def projection_of(weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> PlainProjection | PackedProjection:
+def projection_of(
+    weight_OI: torch.Tensor, bias_O: torch.Tensor | None
+) -> PlainProjection | OneDnnProjection | LoopProjection:
     """The best kind for where the weights are."""
     if not can_pack(weight_OI.dtype, weight_OI.device):
         return PlainProjection(weight_OI, bias_O)
