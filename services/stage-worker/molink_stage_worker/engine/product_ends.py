@@ -5,6 +5,7 @@ All arrays are flat; bfloat16 as the integers of their bits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntEnum
 from typing import Any
 
@@ -54,7 +55,7 @@ def finish(
         def other() -> Any:
             return widened(builder, builder.load(at_place(others_kind, others, to, HALVES), align=2))
 
-        ends = {
+        ends: dict[Then, Callable[[Any], Any]] = {
             Then.SILU: lambda x: silu(builder, x),
             Then.TIMES: lambda x: builder.fmul(x, other()),
             Then.PLUS: lambda x: builder.fadd(x, other()),
