@@ -229,21 +229,30 @@ def test_sizes_of_chunks() -> None:
     assert grid(100)[-1] == 100
 
 
-def chunk_with(queue: float, *, cycle_s: float = 0.1) -> int:
+def chunk_with(queue: float, *, cycle_s: float = 0.1, crowd: float = 0.0, crowd_tokens: int = 0) -> int:
     rising = StageCurve(
         tokens=(1.0, 256.0), times_s=(0.01, 0.2), fixed_s=0.01, per_token_s=0.00075, per_sequence_s=0.0,
         per_context_token_s=0.0,
     )  # fmt: skip
     machine = replace(MACHINE, stages=(rising, rising))
     return separate_chunk_tokens(
-        machine, step_tokens=256, context_tokens=60, cycle_s=cycle_s, crowd=0.0, queue=queue, latency_target_s=None
-    )
+        machine, step_tokens=256, context_tokens=60, cycle_s=cycle_s, crowd=crowd, crowd_tokens=crowd_tokens,
+        queue=queue, latency_target_s=None,
+    )  # fmt: skip
 
 
 def test_chunks_grow_where_prompts_queue_up() -> None:
     assert chunk_with(0.0) == chunk_with(1.0) < chunk_with(1.5) < chunk_with(2.0)
     assert chunk_with(2.0) == chunk_with(50.0), "a chunk takes no stage longer than a cycle"
     assert 0.01 + 0.00075 * chunk_with(50.0) <= 0.1
+
+
+def test_a_crowd_of_prompts_goes_through_all_stages_soonest() -> None:
+    alone, rebuilt = chunk_with(0.0), chunk_with(0.0, crowd=7.0)
+    assert rebuilt == 256, "one stage computes all of it"
+    few, many = (chunk_with(0.0, crowd=7.0, crowd_tokens=tokens) for tokens in (126, 2_000))
+    assert alone < few < 126, "the second stage need not wait for all of it"
+    assert few < many < rebuilt, "each chunk pays a step's fixed cost"
 
 
 def price_of(planner: Planner, decoding: int, window: float = 1.0) -> float | None:

@@ -60,13 +60,16 @@ def separate_chunk_tokens(
     context_tokens: int,
     cycle_s: float | None,
     crowd: float,
+    crowd_tokens: int,
     queue: float,
     latency_target_s: float | None,
 ) -> int:
     """Prompt tokens of a step of their own. `cycle_s` None: nothing decodes.
 
-    `crowd` is how many prompts wait for each sequence that decodes. Where many wait for few, as after a fault, the few
-    give way: a chunk may take a stage that many cycles. `queue` is how many prompts, in lengths of the longest, wait to
+    `crowd` is how many prompts wait for each sequence that decodes, `crowd_tokens` what they still have to compute. Where
+    many wait for few, as after a fault, the few give way: a chunk may take a stage that many cycles; but it shall be no
+    larger than gets the crowd through all stages soonest, since a stage that waits for all of it computes nothing
+    meanwhile. `queue` is how many prompts, in lengths of the longest, wait to
     be computed. Where more than one does, prompts come faster than such chunks compute them, and would wait longer and
     longer: shares of the cycle are so many times as large, up to all of it.
 
@@ -87,14 +90,33 @@ def separate_chunk_tokens(
         return min(efficient, _largest_within(sizes, costs_s, most_s))
     one_s = max(curve.compute_s(1, 1, context_tokens) for curve in machine.stages)
     stall_share, most_share = (min(share * max(queue, 1.0) ** 2, 1.0) for share in (_STALL_SHARE, _MOST_STALL_SHARE))
-    stall_s = max(max(stall_share, crowd) * cycle_s, _STALL_STEPS * one_s)
-    most_s = max(most_share * cycle_s, stall_s)
-    if latency_target_s is not None:
-        most_s = min(most_s, max(latency_target_s - cycle_s, 0.0))
+
+    def within(share: float) -> int:
+        """Chunks that take such a share of a cycle where the second wish allows it."""
+        stall_s = max(share * cycle_s, _STALL_STEPS * one_s)
+        most_s = max(most_share * cycle_s, stall_s)
+        if latency_target_s is not None:
+            most_s = min(most_s, max(latency_target_s - cycle_s, 0.0))
+        return min(
+            max(efficient, _largest_within(sizes, costs_s, stall_s)),
+            _largest_within(sizes, costs_s, most_s),
+        )
+
+    least, most = within(stall_share), within(max(stall_share, crowd))
+    if least == most or not crowd_tokens:
+        return most
     return min(
-        max(efficient, _largest_within(sizes, costs_s, stall_s)),
-        _largest_within(sizes, costs_s, most_s),
+        (size for size in sizes if least <= size <= most),
+        key=lambda size: _through_all_s(machine, crowd_tokens, size, context_tokens),
     )
+
+
+def _through_all_s(machine: Machine, tokens: int, size: int, context_tokens: int) -> float:
+    """How long so many prompt tokens take through all stages and links, in chunks of that size, where nothing waits."""
+    times_s = [curve.compute_s(size, 1, context_tokens) for curve in machine.stages]
+    if machine.links.rate_bytes_per_s is not None:
+        times_s += [size * machine.token_bytes / machine.links.rate_bytes_per_s] * (len(machine.stages) - 1)
+    return sum(times_s) + (ceil(tokens / size) - 1) * max(times_s)
 
 
 def shared_chunk_tokens(

@@ -24,13 +24,11 @@ _PLANS_EVERY_S = 0.25
 _DEMAND_CHANGE = 0.25
 _THOUGHTS_A_TRY = 6
 _PROMPT_SHARE_OVER_S = 3.0
-_MOST_PROMPT_SHARE = 0.7
-_LEAST_PROMPT_SHARE = 0.01
+_LEAST_PROMPT_SHARE, _MOST_PROMPT_SHARE = 0.01, 0.7
 _PROMPTS_DISTURB = 0.1
 """No count of micro-batches is tried while prompts take a larger share of a stage: they would be measured with it."""
 _CHUNKS_OF_A_LONG_PROMPT = 16
-_CHUNK_CHANGE = 1.4
-_CHUNK_REST_S = 3.0
+_CHUNK_CHANGE, _CHUNK_REST_S = 1.4, 3.0
 _CHUNK_JUMP = 2.0
 """So many times the present chunk waits for no rest: a crowd of prompts has come."""
 
@@ -66,6 +64,7 @@ class Planner:
         self._prompts_at_s: float | None = None
         self._cycle: Cycle | None = None
         self._plan = self._default_plan()
+        self._steady_chunk_tokens = self._plan.chunk_tokens
         self._planned_at_s: float | None = None
         self._planned_for: Demand | None = None
         self._cut_at_s: float | None = None
@@ -180,6 +179,7 @@ class Planner:
                 context_tokens=demand.context_tokens,
                 cycle_s=decode_only_s,
                 crowd=demand.prompts_waiting / max(demand.decoding, 1),
+                crowd_tokens=demand.prompt_tokens_waiting,
                 queue=self._queue(demand),
                 latency_target_s=self._latency_target_s,
             )
@@ -191,7 +191,8 @@ class Planner:
                 size=_tokens_of(demand, micro_batches),
                 latency_target_s=self._latency_target_s,
             )
-        chunk_tokens = self._damped(wanted, now_s)
+        is_crowd = demand.prompts_waiting > demand.decoding  # its chunks are cut for it, and gone with it
+        chunk_tokens = wanted if is_crowd else self._damped(wanted, now_s)
         along_tokens = riding_tokens = 0
         if separate and demand.decoding:
             along_tokens = chunks.along_tokens(
@@ -213,15 +214,16 @@ class Planner:
                 few = chunks.RIDING_LEAST
                 if riding_tokens > few and not self._knows(_tokens_of(demand, micro_batches) + few):
                     riding_tokens = few  # lest many ride for ever, because nobody saw what few would cost
+        under_way = chunks.chunks_under_way(
+            machine,
+            chunk_tokens=along_tokens or chunk_tokens,
+            context_tokens=demand.context_tokens,
+            cycle=self._cycle if demand.decoding else None,
+        )
         return BatchPlan(
             micro_batches=micro_batches,
             chunk_tokens=chunk_tokens,
-            chunks_under_way=chunks.chunks_under_way(
-                machine,
-                chunk_tokens=along_tokens or chunk_tokens,
-                context_tokens=demand.context_tokens,
-                cycle=self._cycle if demand.decoding else None,
-            ),
+            chunks_under_way=under_way,
             separate_prefill=separate,
             along_tokens=along_tokens,
             only_along=self._has_time(machine, demand, micro_batches * along_tokens, now_s),
@@ -254,12 +256,13 @@ class Planner:
 
     def _damped(self, wanted: int, now_s: float) -> int:
         """The chunk size to have when `wanted` would be best: a new one only now and then, and for a real gain."""
-        before = self._plan.chunk_tokens
+        before = self._steady_chunk_tokens
         is_near = before <= _CHUNK_CHANGE * wanted and wanted <= _CHUNK_CHANGE * before
         is_resting = self._cut_at_s is not None and now_s - self._cut_at_s < _CHUNK_REST_S
         if is_near or (is_resting and wanted < _CHUNK_JUMP * before):
             return before
         self._cut_at_s = now_s
+        self._steady_chunk_tokens = wanted
         return wanted
 
     def _choose_micro_batches(self, machine: Machine, demand: Demand, now_s: float) -> int:
