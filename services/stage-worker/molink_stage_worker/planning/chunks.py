@@ -66,12 +66,12 @@ def separate_chunk_tokens(
 ) -> int:
     """Prompt tokens of a step of their own. `cycle_s` None: nothing decodes.
 
-    `crowd` is how many prompts wait for each sequence that decodes, `crowd_tokens` what they still have to compute. Where
-    many wait for few, as after a fault, the few give way: a chunk may take a stage that many cycles; but it shall be no
-    larger than gets the crowd through all stages soonest, since a stage that waits for all of it computes nothing
-    meanwhile. `queue` is how many prompts, in lengths of the longest, wait to
-    be computed. Where more than one does, prompts come faster than such chunks compute them, and would wait longer and
-    longer: shares of the cycle are so many times as large, up to all of it.
+    `crowd` is how many prompts wait for each sequence that decodes, `crowd_tokens` how many tokens of them. Where many
+    wait for few, as after a fault, the few give way: a chunk may take a stage that many cycles. But it shall be no
+    larger than gets the crowd through all stages soonest, since the second stage stands still until the first is done
+    with it. `queue` is how many prompts, in lengths of the longest, wait to be computed. Where more than one does,
+    prompts come faster than such chunks compute them, and would wait longer and longer: shares of the cycle are so many
+    times as large, up to all of it.
 
     Two wishes pull apart. A decode step that finds a chunk in a stage waits for its end: so a chunk should take no
     stage more than a quarter of a cycle. And every chunk pays a step's fixed cost: so a token should not cost more

@@ -169,10 +169,8 @@ class Planner:
         micro_batches = self._choose_micro_batches(machine, demand, now_s)
         decode_only_s: float | None = None
         if demand.decoding:
-            alone = self._without_prompts(machine)
-            decode_only_s = self._cycle_of(alone, demand, micro_batches).cycle_s
-        separate = self._plan.separate_prefill
-        if separate:
+            decode_only_s = self._cycle_of(self._without_prompts(machine), demand, micro_batches).cycle_s
+        if separate := self._plan.separate_prefill:
             wanted = chunks.separate_chunk_tokens(
                 machine,
                 step_tokens=self._step_tokens,
